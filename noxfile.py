@@ -1,0 +1,72 @@
+"""`nox -s tests` runs the tests; `nox` alone runs all that CI does."""
+
+import re
+
+import nox
+
+
+nox.options.sessions = ["tests", "lint", "types", "lowest"]
+nox.options.error_on_missing_interpreters = True
+
+PYTHON = "3.11"
+DIFFRAX = ["0.7.0", "0.7.1", "0.7.2"]
+
+
+def _pytest(session: nox.Session, *args: str) -> None:
+    # Compiling takes most of the time, and two processes share the work well.
+    session.run("pytest", "-n", "2", *args, *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests, with the newest of everything."""
+    session.install("-e", ".[tests,examples]")
+    _pytest(session)
+
+
+@nox.session
+@nox.parametrize("diffrax", DIFFRAX)
+def matrix(session: nox.Session, diffrax: str) -> None:
+    """The tests, with each supported version of diffrax."""
+    session.install("-e", ".[tests,examples]", f"diffrax=={diffrax}")
+    _pytest(session)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """A part of the tests, with the oldest supported version of everything."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["tests"]
+    lowest = [re.sub(r">=([\w.]+).*", r"==\1", x) for x in wanted]
+    # What the oldest versions need pinned because they set no bounds of their own.
+    session.install("-e", ".", *lowest, "-c", "tests/lowest-constraints.txt")
+    _pytest(session, "-m", "not slow", "--deselect", "tests/test_examples.py")
+
+
+@nox.session
+def exhaustive(session: nox.Session) -> None:
+    """Gradients over all combinations of solver, controller, `SaveAt` and terms."""
+    session.install("-e", ".[tests,examples]")
+    _pytest(session, "-m", "exhaustive")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("ruff>=0.9")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    session.install("-e", ".[tests,examples]", "pyright>=1.1.400")
+    session.run("pyright")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """The examples, at their full size."""
+    session.install("-e", ".[examples]")
+    session.run(
+        "python", "examples/hare_lynx.py", "--output", f"{session.create_tmp()}/fit.png"
+    )

@@ -1,0 +1,140 @@
+"""Everything of diffrax that is used here and is not part of its public interface.
+
+diffrax offers no public way for an adjoint to run the integration loop, so this much of
+its inside is needed. It is all named in this one file, was checked on the versions in
+`SUPPORTED_DIFFRAX`, and its shape is verified when the package is imported.
+
+| name | why |
+|---|---|
+| `diffrax._integrate.loop` | the loop, run with our own `outer_while_loop` |
+| `diffrax._integrate.State` | what that loop carries; fields are read by name |
+| `diffrax._integrate.SaveState` | what it carries for every `SubSaveAt` |
+| `diffrax._heuristics.is_sde` | whether terms hold a Brownian motion |
+| `diffrax._heuristics.is_unsafe_sde` | whether it is one that cannot be queried twice |
+| `diffrax._custom_types` | annotations of public methods |
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import diffrax
+
+
+SUPPORTED_DIFFRAX = ("0.7.0", "0.7.1", "0.7.2")
+
+# Keyword arguments with which `diffeqsolve` calls `AbstractAdjoint.loop`.
+ADJOINT_LOOP_ARGUMENTS = frozenset(
+    {
+        "args",
+        "terms",
+        "solver",
+        "stepsize_controller",
+        "event",
+        "saveat",
+        "t0",
+        "t1",
+        "dt0",
+        "max_steps",
+        "throw",
+        "init_state",
+        "passed_solver_state",
+        "passed_controller_state",
+        "progress_meter",
+    }
+)
+
+# Keyword arguments with which we call `loop`.
+LOOP_ARGUMENTS = (
+    ADJOINT_LOOP_ARGUMENTS - {"throw", "passed_solver_state", "passed_controller_state"}
+) | {"inner_while_loop", "outer_while_loop"}
+
+# Fields of the loop's state that are read by name.
+STATE_FIELDS = frozenset(
+    {
+        "y",
+        "tprev",
+        "tnext",
+        "made_jump",
+        "solver_state",
+        "controller_state",
+        "progress_meter_state",
+        "num_accepted_steps",
+        "save_state",
+        "dense_ts",
+        "dense_infos",
+    }
+)
+
+SAVE_STATE_FIELDS = frozenset({"saveat_ts_index", "ts", "ys", "save_index"})
+
+
+def host_mismatch(
+    adjoint_loop: Callable,
+    loop: Callable,
+    state: type,
+    save_state: type,
+) -> str | None:
+    """What differs between diffrax's internals and what is relied upon here, in words,
+    or `None` if nothing does."""
+
+    def parameters(fn: Callable) -> frozenset[str]:
+        return frozenset(inspect.signature(fn).parameters) - {"self"}
+
+    def missing(wanted: Iterable[str], found: Iterable[str]) -> str:
+        return ", ".join(sorted(set(wanted) - set(found)))
+
+    if parameters(adjoint_loop) != ADJOINT_LOOP_ARGUMENTS:
+        return "the arguments of `AbstractAdjoint.loop` differ"
+    if parameters(loop) != LOOP_ARGUMENTS:
+        return "the arguments of the integration loop differ"
+    for cls, wanted in ((state, STATE_FIELDS), (save_state, SAVE_STATE_FIELDS)):
+        lacking = missing(wanted, (f.name for f in dataclasses.fields(cls)))
+        if lacking:
+            return f"`{cls.__name__}` has no field named {lacking}"
+    return None
+
+
+def _unsupported(reason: str) -> ImportError:
+    versions = ", ".join(SUPPORTED_DIFFRAX)
+    return ImportError(
+        f"diffrax_reversible works with diffrax {versions}, but found diffrax "
+        f"{diffrax.__version__}, in which {reason}. Install a supported version, for "
+        f"example with `pip install 'diffrax=={SUPPORTED_DIFFRAX[-1]}'`."
+    )
+
+
+try:
+    from diffrax._custom_types import (
+        Args as Args,
+        BoolScalarLike as BoolScalarLike,
+        DenseInfo as DenseInfo,
+        RealScalarLike as RealScalarLike,
+        VF as VF,
+        Y as Y,
+    )
+    from diffrax._heuristics import (
+        is_sde as is_sde,
+        is_unsafe_sde as is_unsafe_sde,
+    )
+    from diffrax._integrate import (
+        loop as host_loop,
+        SaveState as SaveState,
+        State as State,
+    )
+except ImportError as e:
+    raise _unsupported(f"an internal name is gone ({e})") from e
+
+_reason = host_mismatch(diffrax.AbstractAdjoint.loop, host_loop, State, SaveState)
+if _reason is not None:
+    raise _unsupported(_reason)
+del _reason
+
+
+def is_save_state(x: Any) -> bool:
+    return isinstance(x, SaveState)
+
+
+def is_sub_save_at(x: Any) -> bool:
+    return isinstance(x, diffrax.SubSaveAt)

@@ -1,0 +1,370 @@
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import diffrax
+import equinox as eqx
+import jax.lax as lax
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from ._solver.base import AbstractReversibleSolver
+
+
+_SolverState = TypeVar("_SolverState")
+
+
+class StepInfo(NamedTuple):
+    """What the couplings of one step have in common."""
+
+    terms: PyTree[diffrax.AbstractTerm]
+    t0: RealScalarLike
+    t1: RealScalarLike
+    args: Args
+    # The result of `AbstractCouplingSolver.control`.
+    control: PyTree
+    # What `AbstractReversibleSolver.recorded` selects, at the start of the step.
+    fixed: PyTree
+    # In the first and last couplings of a solver with `evaluate`: its value at the
+    # start and at the end of the step respectively. Otherwise `None`.
+    value: PyTree = None
+
+
+class Registers(NamedTuple):
+    """`y` and the solver state, arranged for couplings."""
+
+    # One PyTree for each register. Coupling `i` updates `registers[coupling.register]`.
+    registers: tuple[PyTree, ...]
+    # In a solver with `evaluate`: its most recent value.
+    value: PyTree = None
+    # What `recorded` selects of the solver state. Not to be given by `split`; `merge`
+    # finds it here.
+    fixed: PyTree = None
+
+
+def _is_one(scale: RealScalarLike) -> bool:
+    return isinstance(scale, float) and scale == 1.0
+
+
+class Coupling(eqx.Module):
+    r"""An affine coupling: one register is scaled, and shifted by a function of the
+    others,
+
+    $x_i \leftarrow \alpha x_i + \phi(x_j, j \neq i)$ with $\alpha \neq 0$.
+
+    It is undone by $x_i \leftarrow (x_i - \phi) / \alpha$, whatever $\phi$ is. A
+    gradient $g$ is pulled back by $g_j \leftarrow g_j + (\partial \phi / \partial
+    x_j)^T g_i$ and then $g_i \leftarrow \alpha g_i$, so that a single VJP of $\phi$
+    gives both the value that undoes the coupling and the map for the gradient.
+    """
+
+    register: int = eqx.field(static=True)
+    shift: Callable[
+        [StepInfo, tuple[PyTree, ...]], tuple[PyTree, dict[str, PyTree]]
+    ] = eqx.field(static=True)
+    scale: float | Callable[[PyTree], RealScalarLike] = eqx.field(
+        static=True, default=1.0
+    )
+
+    def __check_init__(self):
+        if callable(self.scale):
+            return
+        if not isinstance(self.scale, (int, float)):
+            raise ValueError(
+                "`Coupling(scale=...)` must be a Python number, or a function of "
+                f"`StepInfo.fixed` that returns a scalar; got {self.scale}."
+            )
+        if self.scale == 0:
+            raise ValueError(
+                "`Coupling(scale=0)` cannot be undone. Use a scale that is not zero."
+            )
+
+    def scale_at(self, fixed: PyTree) -> RealScalarLike:
+        return self.scale(fixed) if callable(self.scale) else self.scale
+
+    def apply(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
+        """Updates `registers`, in place."""
+        self.pull_scale(registers, scale)
+        i = self.register
+        registers[i] = jtu.tree_map(lambda x, s: x + s, registers[i], shift)
+
+    def undo(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
+        """The inverse of `apply`."""
+        i = self.register
+        registers[i] = jtu.tree_map(lambda x, s: x - s, registers[i], shift)
+        if not _is_one(scale):
+            registers[i] = jtu.tree_map(lambda x: x / scale, registers[i])
+
+    def pull_scale(self, grads: list[PyTree], scale: RealScalarLike):
+        """The part of the pullback that does not go through `shift`."""
+        if not _is_one(scale):
+            i = self.register
+            grads[i] = jtu.tree_map(lambda g: scale * g, grads[i])
+
+    def others(self, registers) -> tuple[PyTree, ...]:
+        # `None` in its own place, so that a coupling that reads what it updates, and so
+        # could not be undone, fails when it is traced.
+        return tuple(None if i == self.register else x for i, x in enumerate(registers))
+
+
+Coupling.__init__.__doc__ = """**Arguments:**
+
+- `register`: Which register is updated: an index into the `registers` of
+    [`diffrax_reversible.Registers`][].
+- `shift`: The function `phi`, called as `shift(step, registers)`. Here `step` is a
+    [`diffrax_reversible.StepInfo`][] and `registers` has all registers, with `None`
+    for the one that is updated. Should return a pair: the increment, of the structure,
+    shapes and dtypes of the register, and a dictionary with whatever else
+    [`diffrax_reversible.AbstractCouplingSolver.finish`][] shall have from this
+    coupling. Usually a bound method of the solver.
+- `scale`: The factor `alpha`; must not be zero. Either a number, or a function that
+    takes `StepInfo.fixed` and returns a scalar.
+"""
+
+
+class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
+    """Abstract base class for solvers each of whose steps is a sequence of affine
+    couplings.
+
+    From a single definition this provides `step`, `backward_step`, and for
+    [`diffrax_reversible.ReversibleAdjoint`][] a pullback that evaluates each `shift`
+    once to undo the step and to differentiate it. If every step makes `s` evaluations
+    of the vector field then the backward pass makes `s` evaluations and `s` pullbacks
+    of it a step.
+
+    !!! example
+
+        The asynchronous leapfrog integrator: the registers are `y` and a velocity `v`,
+        which is part of the solver state.
+
+        ```python
+        import diffrax
+        import diffrax_reversible as dfxr
+        import jax
+
+        class AsynchronousLeapfrog(dfxr.AbstractCouplingSolver):
+            term_structure = diffrax.ODETerm
+            interpolation_cls = diffrax.LocalLinearInterpolation
+
+            def order(self, terms):
+                return 2
+
+            def init(self, terms, t0, t1, y0, args):
+                return terms.vf(t0, y0, args)
+
+            def func(self, terms, t0, y0, args):
+                return terms.vf(t0, y0, args)
+
+            def split(self, y, solver_state):
+                return dfxr.Registers((y, solver_state))
+
+            def merge(self, registers):
+                return registers.registers
+
+            def couplings(self):
+                return (
+                    dfxr.Coupling(0, self._drift),
+                    dfxr.Coupling(1, self._kick, scale=-1.0),
+                    dfxr.Coupling(0, self._drift),
+                )
+
+            def _drift(self, step, registers):
+                _, v = registers
+                return jax.tree.map(lambda x: 0.5 * step.control * x, v), {}
+
+            def _kick(self, step, registers):
+                y, _ = registers
+                t_mid = step.t0 + 0.5 * (step.t1 - step.t0)
+                f = step.terms.vf(t_mid, y, step.args)
+                return jax.tree.map(lambda x: 2 * x, f), {}
+
+            def finish(self, registers0, registers1, infos):
+                return None, dict(y0=registers0[0], y1=registers1[0])
+        ```
+    """
+
+    # The registers at the end of a step, in the order in which they start the next one.
+    permutation: ClassVar[tuple[int, ...] | None] = None
+    # Whether the solver has `evaluate`.
+    has_evaluate: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def split(self, y: PyTree, solver_state: Any) -> Registers:
+        """Arranges `y` and the solver state for couplings. Must do nothing else: it is
+        called with gradients in their place too."""
+
+    @abc.abstractmethod
+    def merge(self, registers: Registers) -> tuple[PyTree, Any]:
+        """The inverse of `split`."""
+
+    @abc.abstractmethod
+    def couplings(self) -> tuple[Coupling, ...]:
+        """The couplings that make a step, in order."""
+
+    @abc.abstractmethod
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
+        """The local error estimate (or `None`) and the information for interpolation
+        of a step.
+
+        **Arguments:**
+
+        - `registers0`: The registers at the start of the step.
+        - `registers1`: The registers at its end.
+        - `infos`: The dictionaries that the `shift`s of the couplings returned.
+        """
+
+    def control(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
+        """What is computed once a step and passed to all of its couplings. By default
+        `terms.contr(t0, t1)`."""
+        del fixed
+        return terms.contr(t0, t1)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def next_fixed(self, fixed: PyTree, t0: RealScalarLike, t1: RealScalarLike):
+        """What `recorded` selects, at the end of a step, given what it is at the start.
+        By default it does not change. It is a constant for differentiation, and must
+        not depend on anything differentiated."""
+        del t0, t1
+        return fixed
+
+    def evaluate(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
+        """The evaluation that the last coupling of a step shares with the first
+        coupling of the next, if there is one (and then `has_evaluate` is `True`). Its
+        value is kept in the solver state, and passed to these two couplings in
+        `StepInfo.value`. Must not depend on the register that they update."""
+        raise NotImplementedError
+
+    def evaluate_after_jump(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
+        """Called in place of `evaluate` at the start of a step that follows a jump."""
+        return self.evaluate(terms, t, registers, args)
+
+    def arrange(self, y: PyTree, solver_state: Any) -> Registers:
+        """`split`, with `Registers.fixed`."""
+        registers = self.split(y, solver_state)
+        if registers.fixed is not None:
+            raise ValueError(
+                f"`{type(self).__name__}.split` must not set `Registers.fixed`. Select "
+                "that part of the solver state in `recorded` instead."
+            )
+        return registers._replace(fixed=self.recorded(solver_state))
+
+    def checked_couplings(self) -> tuple[Coupling, ...]:
+        couplings = self.couplings()
+        if self.has_evaluate:
+            first, last = couplings[0].register, couplings[-1].register
+            if self.permutation is not None:
+                first = self.permutation[first]
+            if len(couplings) < 2 or first != last:
+                raise ValueError(
+                    f"`{type(self).__name__}.has_evaluate` needs two couplings, or "
+                    "more, the first and the last of which update the same register: "
+                    "only then can the last evaluation of a step be the first of the "
+                    "next."
+                )
+        return couplings
+
+    def _permute(self, registers):
+        if self.permutation is None:
+            return tuple(registers)
+        return tuple(registers[i] for i in self.permutation)
+
+    def _unpermute(self, registers):
+        if self.permutation is None:
+            return list(registers)
+        out = [None] * len(registers)
+        for i, x in zip(self.permutation, registers):
+            out[i] = x
+        return out
+
+    def step(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, Y | None, DenseInfo, _SolverState, diffrax.RESULTS]:
+        registers0, value, fixed = self.arrange(y0, solver_state)
+        info = StepInfo(terms, t0, t1, args, self.control(terms, t0, t1, fixed), fixed)
+        if self.has_evaluate and made_jump is not False:
+            value = lax.cond(
+                made_jump,
+                lambda: self.evaluate_after_jump(terms, t0, registers0, args),
+                lambda: value,
+            )
+        registers = list(registers0)
+        couplings = self.checked_couplings()
+        infos = []
+        for k, coupling in enumerate(couplings):
+            if self.has_evaluate and k == len(couplings) - 1:
+                value = self.evaluate(terms, t1, coupling.others(registers), args)
+            at_end = k in (0, len(couplings) - 1)
+            shift, info_k = coupling.shift(
+                info._replace(value=value if at_end else None),
+                coupling.others(registers),
+            )
+            coupling.apply(registers, coupling.scale_at(fixed), shift)
+            infos.append(info_k)
+        registers1 = self._permute(registers)
+        y_error, dense_info = self.finish(registers0, registers1, tuple(infos))
+        fixed1 = self.next_fixed(fixed, t0, t1)
+        y1, solver_state1 = self.merge(Registers(registers1, value, fixed1))
+        return y1, y_error, dense_info, solver_state1, diffrax.RESULTS.successful
+
+    def backward_step(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, DenseInfo, _SolverState]:
+        # A step that starts with a jump cannot be undone if `evaluate_after_jump`
+        # depends on what is rebuilt here; such a solver asks for a checkpoint.
+        del made_jump
+        registers1, value, fixed = self.arrange(y1, solver_state)
+        info = StepInfo(terms, t0, t1, args, self.control(terms, t0, t1, fixed), fixed)
+        registers = self._unpermute(registers1)
+        couplings = self.checked_couplings()
+        infos = []
+        for k, coupling in reversed(list(enumerate(couplings))):
+            if self.has_evaluate and k == 0:
+                value = self.evaluate(terms, t0, coupling.others(registers), args)
+            at_end = k in (0, len(couplings) - 1)
+            shift, info_k = coupling.shift(
+                info._replace(value=value if at_end else None),
+                coupling.others(registers),
+            )
+            coupling.undo(registers, coupling.scale_at(fixed), shift)
+            infos.append(info_k)
+        registers0 = tuple(registers)
+        _, dense_info = self.finish(registers0, registers1, tuple(reversed(infos)))
+        y0, solver_state0 = self.merge(Registers(registers0, value, fixed))
+        return y0, dense_info, solver_state0

@@ -1,0 +1,184 @@
+"""Functions with everything that they close over made explicit.
+
+The rule for differentiating the integration loop must not close over what is being
+differentiated. But the functions from which the loop is made do: over `args`, `terms`,
+and over whatever the user's own functions close over. So each of them is traced once,
+and every array found in it becomes an explicit constant. The gradient of a constant is
+then an ordinary gradient of the rule, and JAX takes it on to wherever it came from:
+`args`, `terms`, or a variable in the user's closure.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+
+Pull: TypeAlias = Callable[[PyTree], tuple[dict[int, Any], Any]]
+
+
+class Hoisted:
+    """A set of functions, called by name, that share one tuple of constants.
+
+    Holds no arrays: the constants are kept apart (`hoist` returns them) and are handed
+    back at each call. A constant that several functions use is held only once, so that
+    there is a single place for its gradient.
+    """
+
+    def __init__(self, functions: dict[str, tuple[PyTree, Any, tuple[int, ...]]]):
+        self._functions = functions
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._functions
+
+    def uses(self, name: str) -> tuple[int, ...]:
+        """Which of the constants a function uses."""
+        _, _, indices = self._functions[name]
+        return indices
+
+    def _bind(self, name: str, own: Sequence[Any]) -> Callable:
+        static, treedef, _ = self._functions[name]
+        return eqx.combine(jtu.tree_unflatten(treedef, own), static)
+
+    def call(self, name: str, consts: Sequence[Any], *args: Any) -> Any:
+        return self._bind(name, [consts[i] for i in self.uses(name)])(*args)
+
+    def vjp(
+        self,
+        name: str,
+        consts: Sequence[Any],
+        differentiated: frozenset[int],
+        args: tuple[Any, ...],
+        diff_args: tuple[PyTree, ...],
+    ) -> tuple[Any, Pull]:
+        """Calls `function(*args, *diff_args)`.
+
+        Returns the output and a function that pulls a cotangent of its inexact arrays
+        (`None` for zero) back to gradients of the `differentiated` constants that the
+        function uses, by number, and of `diff_args`.
+        """
+        out, residuals, with_residuals = self.linearise(
+            name, consts, differentiated, args, diff_args
+        )
+        return out, with_residuals(residuals)
+
+    def linearise(
+        self,
+        name: str,
+        consts: Sequence[Any],
+        differentiated: frozenset[int],
+        args: tuple[Any, ...],
+        diff_args: tuple[PyTree, ...],
+    ) -> tuple[Any, list[Any], Callable[[list[Any]], Pull]]:
+        """As `vjp`, but gives the pullback in two parts: the arrays that it needs
+        besides the constants, and how to make it from them. The arrays may be carried
+        through a loop, for all calls with arguments of the same structure, shapes and
+        dtypes give the same second part.
+        """
+        indices = self.uses(name)
+        which = [k for k, i in enumerate(indices) if i in differentiated]
+        own = [consts[i] for i in indices]
+        dynamic, fixed = eqx.partition(diff_args, eqx.is_inexact_array)
+
+        def fn(diff_consts, dynamic):
+            all_own = list(own)
+            for k, const in zip(which, diff_consts):
+                all_own[k] = const
+            out = self._bind(name, all_own)(*args, *eqx.combine(dynamic, fixed))
+            return eqx.partition(out, eqx.is_inexact_array)
+
+        out, pull, aux = jax.vjp(fn, [own[k] for k in which], dynamic, has_aux=True)
+        struct = jax.eval_shape(lambda: out)
+        leaves, treedef = jtu.tree_flatten(pull)
+        const_ids = {id(c) for c in consts}
+        is_const = [id(leaf) in const_ids for leaf in leaves]
+        residuals = [x for x, skip in zip(leaves, is_const) if not skip]
+
+        def with_residuals(residuals: list[Any]) -> Pull:
+            fresh = iter(residuals)
+            pull = jtu.tree_unflatten(
+                treedef,
+                [x if keep else next(fresh) for x, keep in zip(leaves, is_const)],
+            )
+
+            def pullback(grad):
+                grad_consts, grad_args = pull(materialise(grad, struct))
+                return {indices[k]: g for k, g in zip(which, grad_consts)}, grad_args
+
+            return pullback
+
+        return eqx.combine(out, aux), residuals, with_residuals
+
+
+class Hoister:
+    """Collects functions, and traces each of them once."""
+
+    def __init__(self):
+        self._numbers: dict[int, int] = {}  # id of a constant -> its number
+        self._consts: list[Any] = []
+        self._functions = {}
+
+    def add(self, name: str, fn: Callable, *example: Any) -> PyTree:
+        """Adds a function, to be called with arguments like `example`. Returns the
+        structure of its output."""
+        converted = eqx.filter_closure_convert(fn, *example)
+        dynamic, static = eqx.partition(converted, eqx.is_array)
+        leaves, treedef = jtu.tree_flatten(dynamic)
+        for leaf in leaves:
+            if id(leaf) not in self._numbers:
+                self._numbers[id(leaf)] = len(self._consts)
+                self._consts.append(leaf)
+        indices = tuple(self._numbers[id(leaf)] for leaf in leaves)
+        self._functions[name] = (static, treedef, indices)
+        return eqx.filter_eval_shape(converted, *example)
+
+    @property
+    def num_consts(self) -> int:
+        return len(self._consts)
+
+    def number(self, x: Any) -> int | None:
+        """The number of the constant that is this very array, if it is one."""
+        return self._numbers.get(id(x))
+
+    def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
+        return Hoisted(dict(self._functions)), tuple(self._consts)
+
+
+def materialise(grad: PyTree, like: PyTree) -> PyTree:
+    """Zeros in place of the `None`s that stand for them."""
+    return jtu.tree_map(
+        lambda x, g: jnp.zeros(x.shape, x.dtype) if g is None else g,
+        like,
+        _expand_none(grad, like),
+    )
+
+
+def _expand_none(grad: PyTree, like: PyTree) -> PyTree:
+    # A `None` may stand for a whole subtree.
+    return jtu.tree_map(
+        lambda g, sub: jtu.tree_map(lambda _: None, sub) if g is None else g,
+        grad,
+        like,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def tree_add(x: PyTree, y: PyTree) -> PyTree:
+    """Sum of two gradients, in either of which `None` is zero."""
+    if x is None:
+        return y
+    if y is None:
+        return x
+
+    def add(a, b):
+        if a is None:
+            return b
+        if b is None:
+            return a
+        return a + b
+
+    return jtu.tree_map(add, x, y, is_leaf=lambda z: z is None)

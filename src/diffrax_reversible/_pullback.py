@@ -1,0 +1,361 @@
+"""Undoing one step, and pulling a gradient back through it.
+
+There are two ways. `GenericPullback` needs nothing but `backward_step` and `step`.
+`CouplingPullback` uses that the step is a sequence of couplings, so that undoing a
+coupling and differentiating it take one evaluation between them.
+
+Both work in two parts, so that the values saved during the step, which need what was
+rebuilt, can be differentiated in between: `rebuild` returns the start of the step and a
+function `pull`.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._coupling import AbstractCouplingSolver, Registers, StepInfo
+from ._hoist import Hoisted, Hoister, tree_add
+from ._solver.base import AbstractReversibleSolver
+
+
+class Functions(NamedTuple):
+    """The hoisted functions, with their constants."""
+
+    hoisted: Hoisted
+    consts: Sequence[Any]
+    # The numbers of those constants with respect to which we differentiate.
+    differentiated: frozenset[int]
+
+    def call(self, name: str, *args):
+        return self.hoisted.call(name, self.consts, *args)
+
+    def vjp(self, name: str, args: tuple, diff_args: tuple):
+        return self.hoisted.vjp(name, self.consts, self.differentiated, args, diff_args)
+
+    def linearise(self, name: str, args: tuple, diff_args: tuple):
+        return self.hoisted.linearise(
+            name, self.consts, self.differentiated, args, diff_args
+        )
+
+    def depends(self, name: str) -> bool:
+        """Whether the output depends on what we differentiate, its arguments aside."""
+        return not self.differentiated.isdisjoint(self.hoisted.uses(name))
+
+
+class Step(NamedTuple):
+    """A step to be undone."""
+
+    t0: Array
+    t1: Array
+    y1: PyTree
+    # At `t1`, but for its recorded part, which is that at `t0`.
+    solver_state: PyTree
+    made_jump: Any
+
+
+class Rebuilt(NamedTuple):
+    y0: PyTree
+    solver_state: PyTree
+    # `None` unless it was asked for.
+    dense_info: PyTree
+    # (grad_y1, grad_solver_state1, grad_dense_info or None)
+    #     -> (gradients of constants by number, grad_y0, grad_solver_state0, carry)
+    pull: Callable
+
+
+class AbstractPullback(abc.ABC):
+    @abc.abstractmethod
+    def add_functions(self, hoister: Hoister, terms, args, step: Step):
+        """Adds those functions that will be needed. `step` is an example."""
+
+    @abc.abstractmethod
+    def unsupported(self, hoisted: Hoisted, differentiated: frozenset[int], perturbed):
+        """Why the gradient cannot be had, or `None`. `perturbed` has the structure of
+        the solver state."""
+
+    @abc.abstractmethod
+    def prime(self, fns: Functions, t1, y1, solver_state) -> PyTree:
+        """What is carried from step to step, before the first."""
+
+    @abc.abstractmethod
+    def rebuild(
+        self,
+        fns: Functions,
+        carry: PyTree,
+        step: Step,
+        restore: Callable,
+        want_dense_info: bool,
+    ) -> Rebuilt:
+        """Undoes a step. `restore(y0, solver_state)` returns what was stored in a
+        checkpoint at the start of this step, if there is one, and else its inputs."""
+
+
+def _same_struct(x: PyTree, y: PyTree) -> bool:
+    def struct(z):
+        leaves, treedef = jtu.tree_flatten(z)
+        return [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves], treedef
+
+    return struct(x) == struct(y)
+
+
+class GenericPullback(AbstractPullback):
+    def __init__(self, solver: AbstractReversibleSolver):
+        self.solver = solver
+
+    def add_functions(self, hoister, terms, args, step):
+        solver = self.solver
+
+        def _step(t0, t1, made_jump, y0, solver_state):
+            y1, _, dense_info, solver_state, _ = solver.step(
+                terms, t0, t1, y0, args, solver_state, made_jump
+            )
+            return y1, solver_state, dense_info
+
+        def _backward_step(t0, t1, made_jump, y1, solver_state):
+            y0, _, solver_state = solver.backward_step(
+                terms, t0, t1, y1, args, solver_state, made_jump
+            )
+            return y0, solver_state
+
+        example = (step.t0, step.t1, step.made_jump, step.y1, step.solver_state)
+        y1, solver_state1, _ = hoister.add("step", _step, *example)
+        y0, solver_state0 = hoister.add("backward_step", _backward_step, *example)
+        for name, before, after in (
+            ("y0", y0, y1),
+            ("solver_state", solver_state0, solver_state1),
+        ):
+            if not _same_struct(before, after):
+                raise ValueError(
+                    f"`{type(solver).__name__}.backward_step` must return `{name}` of "
+                    "the structure, shapes and dtypes that `step` takes and returns. "
+                    f"Got {eqx.tree_pformat(before)}, expected "
+                    f"{eqx.tree_pformat(after)}."
+                )
+
+    def unsupported(self, hoisted, differentiated, perturbed):
+        return None
+
+    def prime(self, fns, t1, y1, solver_state):
+        return None
+
+    def rebuild(self, fns, carry, step, restore, want_dense_info):
+        args = (step.t0, step.t1, step.made_jump)
+        y0, solver_state0 = restore(
+            *fns.call("backward_step", *args, step.y1, step.solver_state)
+        )
+        (_, _, dense_info), pull_step = fns.vjp("step", args, (y0, solver_state0))
+
+        def pull(grad_y1, grad_solver_state1, grad_dense_info):
+            grad_consts, (grad_y0, grad_solver_state0) = pull_step(
+                (grad_y1, grad_solver_state1, grad_dense_info)
+            )
+            return grad_consts, grad_y0, grad_solver_state0, carry
+
+        return Rebuilt(y0, solver_state0, dense_info, pull)
+
+
+class CouplingPullback(AbstractPullback):
+    def __init__(self, solver: AbstractCouplingSolver):
+        self.solver = solver
+        self.couplings = solver.checked_couplings()
+        self.last = len(self.couplings) - 1
+
+    def _has_value(self, k: int) -> bool:
+        return self.solver.has_evaluate and k in (0, self.last)
+
+    def add_functions(self, hoister, terms, args, step):
+        solver = self.solver
+        registers1, value, fixed = solver.arrange(step.y1, step.solver_state)
+        registers = solver._unpermute(registers1)
+        t0, t1 = step.t0, step.t1
+        control = hoister.add(
+            "control",
+            lambda t0, t1, fixed: solver.control(terms, t0, t1, fixed),
+            t0,
+            t1,
+            fixed,
+        )
+        infos = []
+        for k, coupling in enumerate(self.couplings):
+
+            def shift(t0, t1, fixed, control, others, value, coupling=coupling):
+                info = StepInfo(terms, t0, t1, args, control, fixed, value)
+                return coupling.shift(info, others)
+
+            others = coupling.others(registers)
+            value_k = value if self._has_value(k) else None
+            _, info_k = hoister.add(
+                f"shift_{k}", shift, t0, t1, fixed, control, others, value_k
+            )
+            infos.append(info_k)
+            if callable(coupling.scale):
+                hoister.add(f"scale_{k}", coupling.scale, fixed)
+        hoister.add("next_fixed", solver.next_fixed, fixed, t0, t1)
+        hoister.add("finish", solver.finish, tuple(registers), registers1, tuple(infos))
+        if solver.has_evaluate:
+            others = self.couplings[-1].others(registers)
+            hoister.add(
+                "evaluate",
+                lambda t, others: solver.evaluate(terms, t, others, args),
+                t0,
+                others,
+            )
+
+    def unsupported(self, hoisted, differentiated, perturbed):
+        # What is recorded is taken for a constant here.
+        if any(jtu.tree_leaves(self.solver.recorded(perturbed))) or (
+            not differentiated.isdisjoint(hoisted.uses("next_fixed"))
+        ):
+            name = type(self.solver).__name__
+            return (
+                f"The part of the solver state that `{name}.recorded` selects depends "
+                "on something that is differentiated. An `AbstractCouplingSolver` "
+                "takes it for a constant. Use `jax.lax.stop_gradient` on it if that is "
+                "meant, or else write the solver as an `AbstractReversibleSolver`."
+            )
+        return None
+
+    def _scale(self, fns, k, fixed):
+        """The scale, and a function that takes its gradient to the constants."""
+        scale = self.couplings[k].scale
+        if not callable(scale):
+            return scale, None
+        out, pull = fns.vjp(f"scale_{k}", (fixed,), ())
+        return out, pull if fns.depends(f"scale_{k}") else None
+
+    def prime(self, fns, t1, y1, solver_state):
+        if not self.solver.has_evaluate:
+            return None
+        registers1 = self.solver.split(y1, solver_state).registers
+        others = self.couplings[-1].others(self.solver._unpermute(registers1))
+        _, residuals, _ = fns.linearise("evaluate", (t1,), (others,))
+        return residuals
+
+    def rebuild(self, fns, carry, step, restore, want_dense_info):
+        solver = self.solver
+        registers1, value1, fixed = solver.arrange(step.y1, step.solver_state)
+        control, pull_control = fns.vjp("control", (step.t0, step.t1, fixed), ())
+        control_varies = fns.depends("control")
+
+        registers = solver._unpermute(registers1)
+        value0 = residuals0 = with_residuals = None
+        pulls: list[Any] = [None] * len(self.couplings)
+        infos: list[Any] = [None] * len(self.couplings)
+        scales: list[Any] = [None] * len(self.couplings)
+        pull_scales: list[Any] = [None] * len(self.couplings)
+        unscaled: list[Any] = [None] * len(self.couplings)
+        for k in reversed(range(len(self.couplings))):
+            coupling = self.couplings[k]
+            others = coupling.others(registers)
+            value = None
+            if self._has_value(k):
+                if k == 0:
+                    value0, residuals0, with_residuals = fns.linearise(
+                        "evaluate", (step.t0,), (others,)
+                    )
+                    value = value0
+                else:
+                    value = value1
+            times = (step.t0, step.t1, fixed)
+            if control_varies:
+                constant, varying = times, (control, others, value)
+            else:
+                constant, varying = (*times, control), (others, value)
+            (shift, infos[k]), pulls[k] = fns.vjp(f"shift_{k}", constant, varying)
+            scales[k], pull_scales[k] = self._scale(fns, k, fixed)
+            coupling.undo(registers, scales[k], shift)
+            unscaled[k] = registers[coupling.register]
+        registers0 = tuple(registers)
+        if solver.has_evaluate:
+            # All linearisations of `evaluate` differ only in their residuals.
+            assert with_residuals is not None
+            next_carry, pull_value1 = residuals0, with_residuals(carry)
+        else:
+            next_carry, pull_value1 = carry, None
+
+        if want_dense_info:
+            (_, dense_info), pull_finish = fns.vjp(
+                "finish", (), (registers0, registers1, tuple(infos))
+            )
+        else:
+            dense_info = pull_finish = None
+
+        def pull(grad_y1, grad_solver_state1, grad_dense_info):
+            grad_registers1, grad_value1, grad_fixed = solver.arrange(
+                grad_y1, grad_solver_state1
+            )
+            grad_consts: dict[int, Any] = {}
+            grad_control = grad_value0 = grad_finish0 = None
+            grad_infos: tuple = (None,) * len(self.couplings)
+
+            def add_consts(new):
+                for i, g in new.items():
+                    grad_consts[i] = tree_add(grad_consts.get(i), g)
+
+            if grad_dense_info is not None:
+                assert pull_finish is not None
+                new, (grad_finish0, grad_finish1, grad_infos) = pull_finish(
+                    (None, grad_dense_info)
+                )
+                add_consts(new)
+                grad_registers1 = tree_add(grad_registers1, grad_finish1)
+
+            grads = solver._unpermute(grad_registers1)
+            for k in reversed(range(len(self.couplings))):
+                coupling = self.couplings[k]
+                i = coupling.register
+                new, (*grad_control_k, grad_others, grad_value_k) = pulls[k](
+                    (grads[i], grad_infos[k])
+                )
+                add_consts(new)
+                if control_varies:
+                    [grad_control_k] = grad_control_k
+                    grad_control = tree_add(grad_control, grad_control_k)
+                if pull_scales[k] is not None:
+                    _, pull_product = jax.vjp(
+                        lambda s, k=k: jtu.tree_map(lambda x: s * x, unscaled[k]),
+                        scales[k],
+                    )
+                    new, _ = pull_scales[k](*pull_product(grads[i]))
+                    add_consts(new)
+                coupling.pull_scale(grads, scales[k])
+                for j, g in enumerate(grad_others):
+                    grads[j] = tree_add(grads[j], g)
+                if self._has_value(k):
+                    if k == 0:
+                        grad_value0 = grad_value_k
+                    else:
+                        assert pull_value1 is not None
+                        new, (grad_others,) = pull_value1(
+                            tree_add(grad_value1, grad_value_k)
+                        )
+                        add_consts(new)
+                        for j, g in enumerate(grad_others):
+                            grads[j] = tree_add(grads[j], g)
+            if control_varies:
+                new, _ = pull_control(grad_control)
+                add_consts(new)
+            if grad_finish0 is not None:
+                grads = [tree_add(g, h) for g, h in zip(grads, grad_finish0)]
+            grad_y0, grad_solver_state0 = solver.merge(
+                Registers(tuple(grads), grad_value0, grad_fixed)
+            )
+            return grad_consts, grad_y0, grad_solver_state0, next_carry
+
+        y0, solver_state0 = restore(*solver.merge(Registers(registers0, value0, fixed)))
+        return Rebuilt(y0, solver_state0, dense_info, pull)
+
+
+def make_pullback(solver: AbstractReversibleSolver, made_jump: Any) -> AbstractPullback:
+    if isinstance(solver, AbstractCouplingSolver) and not (
+        # After a jump the value at hand is not that from the step before.
+        solver.has_evaluate and made_jump is not False
+    ):
+        return CouplingPullback(solver)
+    return GenericPullback(solver)

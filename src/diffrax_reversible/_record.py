@@ -1,0 +1,308 @@
+"""What is kept of each accepted step on the way forward, for the way back."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._coupling import AbstractCouplingSolver
+from ._solver.base import AbstractReversibleSolver
+
+
+# By how many floating-point numbers the start of a step may differ from the end of the
+# step before. At a jump diffrax's controllers move it by one or two.
+_MAX_BUMPS = 4
+_JUMP_BIT = 0x80
+# Messages about too few slots name a power of two up to this one.
+_MAX_LOG2_SLOTS = 24
+
+
+class Record(NamedTuple):
+    # Those annotated `Any` are arrays, or within the loop Equinox's buffers.
+    #
+    # `tnext` of every accepted step. The number of accepted steps is in the host's
+    # state.
+    times: Any
+    # If there may be jumps: by how much the start of the step differs from the end of
+    # the step before, and whether there was a jump.
+    jumps: Any
+    # What the solver wants recorded: a list of the leaves of `solver.recorded`.
+    recorded: list[Any]
+    # Slots for the starts of steps that cannot be undone: the index of the step, and
+    # `(y, solver_state)`.
+    slot_index: Any
+    slots: PyTree
+    # How many slots were asked for.
+    num_wanted: Any
+    # The end of the last accepted step.
+    t_last: Array
+    # Whether the times of all steps can be had again from `times` and `jumps`.
+    is_consistent: Array
+
+
+class Recorder:
+    def __init__(
+        self,
+        solver: AbstractReversibleSolver,
+        made_jump: Any,
+        has_slots: bool,
+        max_steps: int,
+        num_slots: int,
+    ):
+        self._solver = solver
+        # `False` if that is known in advance of every step; otherwise an example.
+        self.made_jump = made_jump
+        self._has_jumps = made_jump is not False
+        self._has_slots = has_slots
+        self._max_steps = max_steps
+        self._num_slots = num_slots
+
+    def _recorded_leaves(self, solver_state: PyTree) -> list[Array]:
+        return [
+            jnp.asarray(x) for x in jtu.tree_leaves(self._solver.recorded(solver_state))
+        ]
+
+    #
+    # On the way forward
+    #
+
+    def init(self, init_state) -> Record:
+        n = max(self._max_steps, 1)
+        tprev = init_state.tprev
+
+        def make(length, x):
+            return jnp.zeros((length, *jnp.shape(x)), jnp.result_type(x))
+
+        stored = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array)
+        return Record(
+            # An element of a batch may read here, and in `recorded`, though it never
+            # made a step. So these hold what a step of length zero would have put.
+            times=jnp.full(n, tprev),
+            jumps=jnp.zeros(n, jnp.uint8) if self._has_jumps else None,
+            recorded=[
+                jnp.broadcast_to(x, (n, *x.shape))
+                for x in self._recorded_leaves(init_state.solver_state)
+            ],
+            slot_index=jnp.zeros(self._num_slots, jnp.int32)
+            if self._has_slots
+            else None,
+            slots=jtu.tree_map(lambda x: make(self._num_slots, x), stored)
+            if self._has_slots
+            else None,
+            num_wanted=jnp.array(0) if self._has_slots else None,
+            t_last=tprev,
+            is_consistent=jnp.array(True),
+        )
+
+    def buffers(self, record: Record) -> list:
+        return [
+            record.times,
+            record.jumps,
+            record.recorded,
+            record.slot_index,
+            record.slots,
+        ]
+
+    def append(self, record: Record, state, new_state) -> Record:
+        """Called after every attempted step."""
+        index = state.num_accepted_steps
+        accepted = new_state.num_accepted_steps > index
+
+        def put(buffer, i, x, pred):
+            return eqxi.buffer_at_set(buffer, i, x, pred=pred)
+
+        times = put(record.times, index, state.tnext, accepted)
+        recorded = [
+            put(buffer, index, x, accepted)
+            for buffer, x in zip(
+                record.recorded, self._recorded_leaves(state.solver_state)
+            )
+        ]
+
+        t = record.t_last
+        if self._has_jumps:
+            bumps = jnp.array(0, jnp.uint8)
+            for k in range(1, _MAX_BUMPS + 1):
+                t = eqxi.nextafter(t)
+                bumps = jnp.where(state.tprev == t, jnp.uint8(k), bumps)
+            is_consistent = (bumps > 0) | (state.tprev == record.t_last)
+            code = bumps | jnp.where(
+                state.made_jump, jnp.uint8(_JUMP_BIT), jnp.uint8(0)
+            )
+            jumps = put(record.jumps, index, code, accepted)
+        else:
+            is_consistent = state.tprev == t
+            jumps = None
+
+        if self._has_slots:
+            needs = accepted & self._solver.needs_checkpoint(
+                state.solver_state, new_state.solver_state, state.made_jump
+            )
+            slot = record.num_wanted
+            store = needs & (slot < self._num_slots)
+            stored = eqx.filter((state.y, state.solver_state), eqx.is_array)
+            if self._num_slots == 0:
+                slot_index, slots = record.slot_index, record.slots
+            else:
+                slot_index = put(record.slot_index, slot, index, store)
+                # In the loop buffers are nodes, not leaves.
+                slots = jtu.tree_map(
+                    lambda x, buffer: put(buffer, slot, x, store), stored, record.slots
+                )
+            num_wanted = slot + jnp.where(needs, 1, 0)
+        else:
+            slot_index = slots = num_wanted = None
+
+        return Record(
+            times=times,
+            jumps=jumps,
+            recorded=recorded,
+            slot_index=slot_index,
+            slots=slots,
+            num_wanted=num_wanted,
+            t_last=jnp.where(accepted, state.tnext, record.t_last),
+            is_consistent=record.is_consistent & (is_consistent | ~accepted),
+        )
+
+    #
+    # On the way back
+    #
+
+    def last_time(self, record: Record, num_steps: Array) -> Array:
+        """The end of the last of `num_steps` steps."""
+        return record.times[jnp.maximum(num_steps - 1, 0)]
+
+    def read_times(self, record: Record, init_state, index: Array):
+        """The end of the step before, the start of the step, and `made_jump` at it."""
+        t_prev = jnp.where(
+            index > 0, record.times[jnp.maximum(index - 1, 0)], init_state.tprev
+        )
+        if not self._has_jumps:
+            return t_prev, t_prev, False
+        assert record.jumps is not None
+        code = record.jumps[index]
+        bumps = code & jnp.uint8(_JUMP_BIT - 1)
+        t0 = t = t_prev
+        for k in range(1, _MAX_BUMPS + 1):
+            t = eqxi.nextafter(t)
+            t0 = jnp.where(bumps == k, t, t0)
+        return t_prev, t0, (code & jnp.uint8(_JUMP_BIT)) != 0
+
+    def read_recorded(self, record: Record, solver_state: PyTree, index: Array):
+        """`solver_state` with its recorded part as it was at the start of the step."""
+        if len(record.recorded) == 0:
+            return solver_state
+        where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
+        return eqx.tree_at(where, solver_state, [x[index] for x in record.recorded])
+
+    def stop_recorded(self, solver_state: PyTree) -> PyTree:
+        """With couplings, what is recorded is a constant."""
+        if not isinstance(self._solver, AbstractCouplingSolver):
+            return solver_state
+        leaves = jtu.tree_leaves(self._solver.recorded(solver_state))
+        if len(leaves) == 0:
+            return solver_state
+        where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
+        return eqx.tree_at(where, solver_state, [lax.stop_gradient(x) for x in leaves])
+
+    def num_slots(self, record: Record) -> Array:
+        if record.num_wanted is None:
+            return jnp.array(0)
+        return jnp.minimum(record.num_wanted, self._num_slots)
+
+    def read_slot(self, record: Record, num_slots: Array, index: Array, active: Array):
+        """How many stored steps are still to come after this one, and a function that
+        replaces `(y, solver_state)` by what was stored at the start of this one."""
+        if not self._has_slots or self._num_slots == 0:
+            return num_slots, lambda y, solver_state: (y, solver_state)
+        assert record.slot_index is not None
+        slot = jnp.maximum(num_slots - 1, 0)
+        # An element of a batch that makes its first step over again must restore again,
+        # so this does not look at `active`, nor whether `num_slots` is zero. (A slot
+        # that has been passed cannot match again: all indices to come are smaller.)
+        is_here = (record.num_wanted > 0) & (record.slot_index[slot] == index)
+
+        def restore(y, solver_state):
+            rebuilt, static = eqx.partition((y, solver_state), eqx.is_array)
+
+            def read():
+                return jtu.tree_map(
+                    lambda buffer, x: jnp.where(is_here, buffer[slot], x),
+                    record.slots,
+                    rebuilt,
+                )
+
+            stored = lax.cond(eqxi.unvmap_any(is_here), read, lambda: rebuilt)
+            return eqx.combine(stored, static)
+
+        passed = active & is_here & (num_slots > 0)
+        return num_slots - jnp.where(passed, 1, 0), restore
+
+    def check(self, record: Record, grads: PyTree) -> PyTree:
+        """Raises an error if something went wrong on the way forward that spoils the
+        gradient but not the solution."""
+        grads = eqx.error_if(
+            grads,
+            ~record.is_consistent,
+            "The step size controller started a step elsewhere than at the end of the "
+            "step before (or, at a jump, just after it). `adjoint=ReversibleAdjoint()` "
+            "cannot record such steps. Use `adjoint=diffrax.RecursiveCheckpointAdjoint"
+            "()`.",
+        )
+        if record.num_wanted is None:
+            return grads
+        too_few = record.num_wanted > self._num_slots
+        log2 = sum(
+            jnp.where(record.num_wanted > 2**k, 1, 0) for k in range(_MAX_LOG2_SLOTS)
+        )
+        messages = [
+            "The solve had more steps that cannot be undone than "
+            f"`ReversibleAdjoint(checkpoints={self._num_slots})` has slots for. The "
+            "solution is right, but its gradient is not available. Use "
+            f"`ReversibleAdjoint(checkpoints={2**k})`."
+            for k in range(_MAX_LOG2_SLOTS + 1)
+        ]
+        return eqxi.branched_error_if(grads, too_few, eqxi.unvmap_max(log2), messages)
+
+
+def make_recorder(
+    solver: AbstractReversibleSolver,
+    stepsize_controller,
+    init_state,
+    args,
+    max_steps: int,
+    num_slots: int,
+) -> Recorder:
+    # The host keeps `made_jump` a Python `False` if the controller never reports a
+    # jump, so we find that out as it does.
+    _, _, _, made_jump, _, _ = eqx.filter_eval_shape(
+        stepsize_controller.adapt_step_size,
+        init_state.tprev,
+        init_state.tnext,
+        init_state.y,
+        init_state.y,
+        args,
+        init_state.y,
+        1.0,
+        init_state.controller_state,
+    )
+    if made_jump is False and init_state.made_jump is False:
+        has_slots = (
+            solver.needs_checkpoint(
+                init_state.solver_state, init_state.solver_state, False
+            )
+            is not False
+        )
+        return Recorder(solver, False, has_slots, max_steps, num_slots)
+    made_jump = jnp.asarray(init_state.made_jump)
+    has_slots = (
+        solver.needs_checkpoint(
+            init_state.solver_state, init_state.solver_state, made_jump
+        )
+        is not False
+    )
+    return Recorder(solver, made_jump, has_slots, max_steps, num_slots)

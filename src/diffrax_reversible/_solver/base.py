@@ -1,0 +1,105 @@
+import abc
+from typing import Any, TypeVar
+
+import diffrax
+from jaxtyping import PyTree
+
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+
+
+_SolverState = TypeVar("_SolverState")
+
+
+class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
+    """Abstract base class for solvers whose steps can be undone in closed form.
+
+    A subclass is a [`diffrax.AbstractSolver`][] with one more method,
+    [`diffrax_reversible.AbstractReversibleSolver.backward_step`][]; nothing else is
+    required of it. Used with [`diffrax_reversible.ReversibleAdjoint`][], each step is
+    then undone by `backward_step` and differentiated by taking the VJP of `step`, which
+    together cost about two evaluations of the step and one pullback. A solver that is a
+    sequence of affine couplings is better written as a
+    [`diffrax_reversible.AbstractCouplingSolver`][], which gets `step`, `backward_step`
+    and a pullback of about half the cost from a single definition.
+    """
+
+    @abc.abstractmethod
+    def backward_step(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, DenseInfo, _SolverState]:
+        """Undoes a single step of the solver.
+
+        **Arguments:**
+
+        - `terms`: The PyTree of terms representing the vector fields and controls.
+        - `t0`: The start of the interval that the step was made over.
+        - `t1`: The end of the interval that the step was made over; `t0 < t1`, as for
+            `step`.
+        - `y1`: The solution at `t1`, as returned by `step`.
+        - `args`: Any extra arguments passed to the vector field.
+        - `solver_state`: The solver state at `t1`, as returned by `step`; but for the
+            parts of it that are selected by `recorded`, which have the values that
+            they had at `t0`.
+        - `made_jump`: The value that was passed to `step`.
+
+        **Returns:**
+
+        A tuple of three objects:
+
+        - The solution at `t0`, of the structure, shapes and dtypes of `y1`.
+        - The dictionary of information that is passed to the solver's interpolation
+            routine for dense output over `[t0, t1]`, as returned by `step`.
+        - The solver state at `t0`.
+        """
+
+    def recorded(self, solver_state: Any) -> Any:
+        """Selects the part of the solver state that does not depend on `y` and cannot
+        be rebuilt: times, counters, and the like.
+
+        It is recorded at the start of every accepted step, and handed to
+        `backward_step` as a part of its `solver_state`. It costs its own size in memory
+        for every step, and is a constant for the purpose of differentiation.
+
+        **Arguments:**
+
+        - `solver_state`: The solver state.
+
+        **Returns:**
+
+        A node or a sequence of nodes of `solver_state`, as for the `where` of
+        `equinox.tree_at`. By default, nothing.
+        """
+        del solver_state
+        return ()
+
+    def needs_checkpoint(
+        self,
+        solver_state: _SolverState,
+        new_solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> BoolScalarLike:
+        """Whether an accepted step cannot be undone by `backward_step`.
+
+        If so then `y` and the solver state at its start are stored on the way forward,
+        in one of the slots of [`diffrax_reversible.ReversibleAdjoint`][], and take the
+        place of what `backward_step` returns.
+
+        **Arguments:**
+
+        - `solver_state`: The solver state at the start of the step.
+        - `new_solver_state`: The solver state that `step` returned.
+        - `made_jump`: The value that was passed to `step`.
+
+        **Returns:**
+
+        A boolean. By default the Python value `False`, and then no slots are made.
+        """
+        del solver_state, new_solver_state, made_jump
+        return False

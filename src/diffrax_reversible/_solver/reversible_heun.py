@@ -1,0 +1,144 @@
+from collections.abc import Callable
+from typing import Any, ClassVar, final, TypeAlias
+
+import diffrax
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
+from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+
+
+_SolverState: TypeAlias = tuple[PyTree, PyTree]
+
+
+@final
+class ReversibleHeun(
+    AbstractCouplingSolver[_SolverState],
+    diffrax.AbstractAdaptiveSolver[_SolverState],
+    diffrax.AbstractStratonovichSolver[_SolverState],
+):
+    r"""The reversible Heun method, with its reverse.
+
+    The steps are those of [`diffrax.ReversibleHeun`][], of order 2 with an embedded
+    error estimate of order 1. With a second register $\hat y$ they are, over a control
+    increment $\Delta x$,
+
+    $y \leftarrow y + \frac{1}{2} f(t_0, \hat y) \Delta x$
+
+    $\hat y \leftarrow -\hat y + 2 y$
+
+    $y \leftarrow y + \frac{1}{2} f(t_1, \hat y) \Delta x$
+
+    Each step makes one evaluation of the vector field, as the last one is kept for the
+    next step; and one evaluation with its pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is $(\hat y, f)$. Uses
+    1st order local linear interpolation for dense/ts output.
+
+    When used to solve SDEs, converges to the Stratonovich solution.
+
+    At a jump of the vector field (see [`diffrax.ClipStepSizeController`][]) the kept
+    evaluation is replaced by one at $y$, which cannot be undone. Such steps take a slot
+    each from `ReversibleAdjoint(checkpoints=...)`.
+
+    !!! warning
+
+        The difference $y - \hat y$ grows by $e^{-ah}$ in each step along a component
+        that behaves like $e^{at}$, that is on every component that decays. On
+        dissipative problems keep the time short or check the solution.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @article{kidger2021efficient,
+            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
+            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
+            journal={Advances in Neural Information Processing Systems},
+            year={2021}
+        }
+        ```
+    """
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
+        diffrax.LocalLinearInterpolation
+    )
+    has_evaluate: ClassVar[bool] = True
+
+    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+        return 2
+
+    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+        return 0.5
+
+    def init(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> _SolverState:
+        del t1
+        return y0, terms.vf(t0, y0, args)
+
+    def func(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> VF:
+        return terms.vf(t0, y0, args)
+
+    def split(self, y: PyTree, solver_state: Any) -> Registers:
+        yhat, f = solver_state
+        return Registers((y, yhat), value=f)
+
+    def merge(self, registers: Registers) -> tuple[PyTree, Any]:
+        (y, yhat), f, _ = registers
+        return y, (yhat, f)
+
+    def couplings(self) -> tuple[Coupling, ...]:
+        return (
+            Coupling(0, self._kick),
+            Coupling(1, self._reflect, scale=-1.0),
+            Coupling(0, self._kick),
+        )
+
+    def evaluate(self, terms, t, registers, args):
+        _, yhat = registers
+        return terms.vf(t, yhat, args)
+
+    def evaluate_after_jump(self, terms, t, registers, args):
+        # As diffrax does: the one place in which the register that is kicked is read.
+        y, _ = registers
+        return terms.vf(t, y, args)
+
+    def needs_checkpoint(
+        self,
+        solver_state: _SolverState,
+        new_solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> BoolScalarLike:
+        del solver_state, new_solver_state
+        return made_jump
+
+    def _kick(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        f_dx = step.terms.prod(step.value, step.control)  # pyright: ignore[reportAttributeAccessIssue]
+        kick = jtu.tree_map(lambda x: 0.5 * x, f_dx)
+        return kick, dict(kick=kick)
+
+    def _reflect(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        y, _ = registers
+        return jtu.tree_map(lambda x: 2 * x, y), {}
+
+    def finish(self, registers0, registers1, infos):
+        y0, _ = registers0
+        y1, _ = registers1
+        first, _, last = infos
+        y_error = jtu.tree_map(lambda a, b: a - b, last["kick"], first["kick"])
+        return y_error, dict(y0=y0, y1=y1)
+
+
+ReversibleHeun.__init__.__doc__ = """**Arguments:** None"""

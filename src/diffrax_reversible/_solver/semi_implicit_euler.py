@@ -1,0 +1,89 @@
+from collections.abc import Callable
+from typing import Any, ClassVar, final, TypeAlias
+
+import diffrax
+from jaxtyping import PyTree
+
+from .._compat import Args, RealScalarLike, VF
+from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+
+
+_SolverState: TypeAlias = None
+
+
+@final
+class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
+    r"""The semi-implicit (symplectic) Euler method, with its reverse.
+
+    The steps are those of [`diffrax.SemiImplicitEuler`][], of order 1: for
+    `terms=(term_1, term_2)` and `y=(p, q)`, over control increments $\Delta x$,
+
+    $p \leftarrow p + f_1(t_0, q) \Delta x_1$
+
+    $q \leftarrow q + f_2(t_0, p) \Delta x_2$
+
+    Has no error estimate, and no solver state. Each step makes one evaluation of each
+    vector field, and one evaluation of each with its pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. Uses 1st order local linear
+    interpolation for dense/ts output.
+    """
+
+    term_structure: ClassVar = (diffrax.AbstractTerm, diffrax.AbstractTerm)
+    interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
+        diffrax.LocalLinearInterpolation
+    )
+
+    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+        return 1
+
+    def init(
+        self,
+        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: tuple[PyTree, PyTree],
+        args: Args,
+    ) -> _SolverState:
+        return None
+
+    def func(
+        self,
+        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        y0: tuple[PyTree, PyTree],
+        args: Args,
+    ) -> VF:
+        term_1, term_2 = terms
+        p, q = y0
+        return term_1.vf(t0, q, args), term_2.vf(t0, p, args)
+
+    def split(self, y: PyTree, solver_state: Any) -> Registers:
+        return Registers(y)
+
+    def merge(self, registers: Registers) -> tuple[PyTree, Any]:
+        return registers.registers, None
+
+    def control(self, terms, t0, t1, fixed):
+        term_1, term_2 = terms
+        return term_1.contr(t0, t1), term_2.contr(t0, t1)
+
+    def couplings(self) -> tuple[Coupling, ...]:
+        return Coupling(0, self._advance_p), Coupling(1, self._advance_q)
+
+    def _advance_p(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        _, q = registers
+        term, _ = step.terms
+        control, _ = step.control
+        return term.vf_prod(step.t0, q, step.args, control), {}
+
+    def _advance_q(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        p, _ = registers
+        _, term = step.terms
+        _, control = step.control
+        return term.vf_prod(step.t0, p, step.args, control), {}
+
+    def finish(self, registers0, registers1, infos):
+        return None, dict(y0=registers0, y1=registers1)
+
+
+SemiImplicitEuler.__init__.__doc__ = """**Arguments:** None"""

@@ -1,0 +1,42 @@
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+
+
+@jax.custom_jvp
+def where_active(active, new, old):
+    """`jnp.where(active, new, old)`, if `active` is batched; otherwise it must be true,
+    and this is `new`.
+
+    To be used in the body of a loop that runs for as long as any element is active: a
+    loop that is not batched then has no selects in it.
+    """
+    return _where_active(active, new, old)
+
+
+# Linear in `new` and `old`. (And `custom_vmap` cannot be batched once differentiated.)
+@where_active.defjvp
+def _where_active_jvp(primals, tangents):
+    active, new, old = primals
+    _, t_new, t_old = tangents
+    return where_active(active, new, old), where_active(active, t_new, t_old)
+
+
+@jax.custom_batching.custom_vmap
+def _where_active(active, new, old):
+    del active, old
+    return new
+
+
+@_where_active.def_vmap
+def _where_active_vmap(axis_size, in_batched, active, new, old):
+    active_batched, new_batched, old_batched = in_batched
+    if not active_batched:
+        # All are active, or else within a batch of which we do not know yet.
+        if new_batched and not old_batched:
+            old = jnp.broadcast_to(old, (axis_size, *old.shape))
+        elif old_batched and not new_batched:
+            new = jnp.broadcast_to(new, (axis_size, *new.shape))
+        return _where_active(active, new, old), new_batched or old_batched
+    axes = (0, 0 if new_batched else None, 0 if old_batched else None)
+    return jax.vmap(lax.select, in_axes=axes)(active, new, old), True

@@ -1,0 +1,87 @@
+"""What of diffrax is relied upon, and that it is relied upon in one place only."""
+
+import importlib.util
+import inspect
+import pathlib
+import re
+
+import diffrax
+import diffrax._integrate
+import pytest
+
+import diffrax_reversible
+from diffrax_reversible import _compat
+
+
+SOURCE = pathlib.Path(diffrax_reversible.__file__).parent
+
+
+def test_host_is_as_expected():
+    parameters = set(inspect.signature(diffrax.AbstractAdjoint.loop).parameters)
+    assert parameters - {"self"} == _compat.ADJOINT_LOOP_ARGUMENTS
+    assert set(inspect.signature(_compat.host_loop).parameters) == (
+        _compat.LOOP_ARGUMENTS
+    )
+    assert diffrax.__version__ in _compat.SUPPORTED_DIFFRAX
+
+
+def test_only_compat_imports_internals():
+    # diffrax's own, and those of JAX and Equinox.
+    private = re.compile(r"\b(diffrax|jax|equinox)\._\w+")
+    files = list(SOURCE.rglob("*.py"))
+    assert len(files) > 10
+    for path in files:
+        code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL)
+        if path.name == "_compat.py":
+            assert set(private.findall(code)) == {"diffrax"}
+        else:
+            assert not private.search(code), path
+
+
+def _import_compat():
+    spec = importlib.util.spec_from_file_location("compat", SOURCE / "_compat.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("change", ["missing name", "other arguments", "missing field"])
+def test_unsupported_host(monkeypatch, change):
+    assert _import_compat().SUPPORTED_DIFFRAX == _compat.SUPPORTED_DIFFRAX
+    if change == "missing name":
+        monkeypatch.delattr(diffrax._integrate, "loop")
+        expected = "internal name"
+    elif change == "other arguments":
+        monkeypatch.setattr(diffrax._integrate, "loop", lambda *, terms: None)
+        expected = "arguments of the integration loop"
+    else:
+        monkeypatch.setattr(diffrax._integrate, "State", diffrax._integrate.SaveState)
+        expected = "has no field named"
+    with pytest.raises(ImportError, match=expected) as info:
+        _import_compat()
+    for version in _compat.SUPPORTED_DIFFRAX:
+        assert version in str(info.value)
+
+
+def test_typed_and_public():
+    assert (SOURCE / "py.typed").exists()
+    names = [x for x in vars(diffrax_reversible) if not x.startswith("_")]
+    # (Put there by the hook that checks annotations.)
+    names = set(names) - {"jaxtyping"}
+    public = {
+        "AbstractCouplingSolver",
+        "AbstractReversibleSolver",
+        "Coupling",
+        "LeapfrogMidpoint",
+        "Registers",
+        "register_reversible",
+        "ReversibleAdjoint",
+        "ReversibleHeun",
+        "SemiImplicitEuler",
+        "StepInfo",
+        "UReversible",
+    }
+    assert names == public
+    for name in public:
+        assert inspect.getdoc(getattr(diffrax_reversible, name))

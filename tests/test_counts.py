@@ -1,0 +1,256 @@
+"""What is claimed to be cheap is counted: evaluations, traces, bytes, copies."""
+
+import re
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dfxr
+
+from .helpers import GenericLeapfrog, SOLVERS
+
+
+#
+# Evaluations of the vector field
+#
+
+
+class Counter:
+    """A vector field that counts how often it is evaluated and pulled back, when it is
+    run, not when it is traced."""
+
+    def __init__(self):
+        self.evaluations = 0
+        self.pullbacks = 0
+
+        def count(name):
+            def callback(y):
+                setattr(self, name, getattr(self, name) + 1)
+                return np.zeros_like(y)
+
+            return lambda y: y + jax.pure_callback(callback, y, y)
+
+        @jax.custom_vjp
+        def vector_field(y):
+            return count("evaluations")(jnp.sin(y))
+
+        def fwd(y):
+            return vector_field(y), y
+
+        def bwd(y, grad):
+            return (count("pullbacks")(jnp.cos(y) * grad),)
+
+        vector_field.defvjp(fwd, bwd)
+        self.vector_field = vector_field
+
+    def take(self):
+        jax.effects_barrier()
+        out = self.evaluations, self.pullbacks
+        self.evaluations = self.pullbacks = 0
+        return out
+
+
+def _count(solver, controller=None, pair=False):
+    counter = Counter()
+    term = diffrax.ODETerm(lambda t, y, args: counter.vector_field(y))
+    terms = (term, term) if pair else term
+
+    @jax.jit
+    def solve(y0):
+        sol = diffrax.diffeqsolve(
+            terms,
+            solver,
+            0.0,
+            1.0,
+            0.1,
+            (y0, y0) if pair else y0,
+            stepsize_controller=controller or diffrax.ConstantStepSize(),
+            saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 4)),
+            adjoint=dfxr.ReversibleAdjoint(),
+            max_steps=20,
+        )
+        loss = sum(jnp.sum(x) for x in jax.tree.leaves(sol.ys))
+        return loss, sol.stats["num_steps"]
+
+    y0 = jnp.array(0.3)
+    _, num_steps = jax.block_until_ready(solve(y0))
+    forward = counter.take()
+    assert forward[1] == 0
+    jax.block_until_ready(jax.jit(jax.grad(solve, has_aux=True))(y0))
+    evaluations, pullbacks = counter.take()
+    return int(num_steps), forward[0], evaluations - forward[0], pullbacks
+
+
+@pytest.mark.parametrize(
+    "base,stages",
+    [(diffrax.Heun(), 2), (diffrax.Bosh3(), 3), (diffrax.Tsit5(), 6)],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_evaluations_u_reversible(base, stages, adaptive):
+    # With an error estimate too: its last stage is shared with the second increment.
+    controller = diffrax.PIDController(rtol=1e-2, atol=1e-2) if adaptive else None
+    n, forward, backward, pullbacks = _count(dfxr.UReversible(base), controller)
+    # diffrax evaluates once more to find the order of the initial step or its dtype.
+    assert forward == 2 * stages * n
+    assert backward == pullbacks == 2 * stages * n
+
+
+def test_evaluations_reversible_heun():
+    n, forward, backward, pullbacks = _count(dfxr.ReversibleHeun())
+    # One more at the very start, `solver.init`, and at the very end, where the way back
+    # begins.
+    assert forward == n + 1
+    assert backward == n + 1
+    assert pullbacks == n + 1
+
+
+def test_evaluations_leapfrog_midpoint():
+    assert _count(dfxr.LeapfrogMidpoint()) == (10, 10, 10, 10)
+
+
+def test_evaluations_semi_implicit_euler():
+    assert _count(dfxr.SemiImplicitEuler(), pair=True) == (10, 20, 20, 20)
+
+
+def test_evaluations_generic():
+    # `backward_step`, and then `step` once more to differentiate it.
+    n, forward, backward, pullbacks = _count(GenericLeapfrog())
+    assert (n, forward, backward, pullbacks) == (10, 11, 20, 11)
+
+
+#
+# Traces
+#
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_traces(name):
+    case = SOLVERS[name]
+    num_traces = 0
+
+    def vector_field(t, y, args):
+        nonlocal num_traces
+        num_traces += 1
+        return -args * y
+
+    @jax.jit
+    def gradient(y0, t1):
+        # Everything that can be made anew at every call, is.
+        term = diffrax.ODETerm(vector_field)
+
+        def loss(y0):
+            sol = diffrax.diffeqsolve(
+                (term, term) if case.pair else term,
+                case.solver,
+                0.0,
+                t1,
+                0.1,
+                (y0, y0) if case.pair else y0,
+                y0,
+                adjoint=dfxr.ReversibleAdjoint(),
+                max_steps=20,
+            )
+            return sum(jnp.sum(x) for x in jax.tree.leaves(sol.ys))
+
+        return jax.grad(loss)(y0)
+
+    gradient(jnp.array(1.0), jnp.array(1.0))
+    assert num_traces > 0
+    num_traces = 0
+    gradient(jnp.array(2.0), jnp.array(0.5))
+    assert num_traces == 0
+
+
+#
+# Bytes
+#
+
+
+def _compiled(solver, max_steps, batch=None, jumps=False, size=100, adaptive=False):
+    controller = diffrax.ConstantStepSize()
+    if adaptive or jumps:
+        controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    if jumps:
+        controller = diffrax.ClipStepSizeController(controller, jump_ts=[0.5])
+
+    def loss(y0, args):
+        def solve(y0):
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, args: -args * jnp.sin(y)),
+                solver,
+                0.0,
+                1.0,
+                1 / max_steps,
+                y0,
+                args,
+                stepsize_controller=controller,
+                adjoint=dfxr.ReversibleAdjoint(),
+                max_steps=max_steps,
+            )
+            return jnp.sum(sol.ys)
+
+        return solve(y0) if batch is None else jnp.sum(jax.vmap(solve)(y0))
+
+    y0 = jnp.ones(size if batch is None else (batch, size))
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(y0, jnp.array(0.5)).compile()
+
+
+def _bytes_per_step(**kwargs):
+    few, many = 100, 10100
+    temp = [
+        _compiled(max_steps=n, **kwargs).memory_analysis().temp_size_in_bytes
+        for n in (few, many)
+    ]
+    return (temp[1] - temp[0]) / (many - few), temp[0]
+
+
+RK = dfxr.UReversible(diffrax.Heun())
+
+
+@pytest.mark.parametrize(
+    "kwargs,expected",
+    [
+        (dict(solver=RK), 8),
+        (dict(solver=dfxr.ReversibleHeun()), 8),
+        # The step before is recorded by the solver.
+        (dict(solver=dfxr.LeapfrogMidpoint()), 16),
+        # A batch that makes the same steps records them once.
+        (dict(solver=RK, batch=8), 8),
+        (dict(solver=RK, batch=8, adaptive=True), 8 * 8),
+        (dict(solver=RK, jumps=True), 9),
+    ],
+)
+def test_memory(kwargs, expected):
+    per_step, constant = _bytes_per_step(**kwargs)
+    assert abs(per_step - expected) < 0.01
+    # And a few copies of `y`, of 800 bytes each.
+    assert constant < 100 * 800 * (kwargs.get("batch") or 1)
+
+
+def _loop_bodies(hlo: str):
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", hlo))
+    for name in bodies:
+        start = re.search(rf"^%?{re.escape(name)} .*{{$", hlo, re.MULTILINE)
+        assert start is not None
+        yield hlo[start.end() : hlo.index("\n}", start.end())]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_no_copies_of_the_record(adaptive):
+    batch, n = 8, 1237
+    compiled = _compiled(RK, n, batch=batch, adaptive=adaptive)
+    hlo = compiled.as_text()
+    shapes = (f"f64[{n}]", f"f64[{batch},{n}]", f"f64[{n},{batch}]")
+    assert any(shape in hlo for shape in shapes)
+    num_bodies = 0
+    for body in _loop_bodies(hlo):
+        num_bodies += 1
+        for line in body.splitlines():
+            result = line.partition("=")[2].strip()
+            if result.startswith(shapes):
+                assert not re.search(r"\b(copy|select)\(", result), line
+    assert num_bodies >= 2

@@ -1,0 +1,320 @@
+"""Whatever cannot be right says so, in the user's words, and names the remedy."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import diffrax_reversible as dfxr
+
+from .helpers import CouplingLeapfrog, GenericLeapfrog
+
+
+RK = dfxr.UReversible(diffrax.Heun())
+TERM = diffrax.ODETerm(lambda t, y, args: -y)
+
+
+def solve(
+    y0=jnp.array([1.0, 2.0]),
+    *,
+    terms=TERM,
+    solver=RK,
+    t0=0.0,
+    t1=1.0,
+    dt0=0.1,
+    adjoint=dfxr.ReversibleAdjoint(),
+    max_steps=32,
+    **kwargs,
+):
+    return diffrax.diffeqsolve(
+        terms, solver, t0, t1, dt0, y0, adjoint=adjoint, max_steps=max_steps, **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    "solver", [diffrax.Euler(), diffrax.Kvaerno3(), diffrax.HalfSolver(diffrax.Tsit5())]
+)
+def test_base_is_not_explicit_runge_kutta(solver):
+    with pytest.raises(ValueError, match="needs an instance of an explicit Runge--Kut"):
+        dfxr.UReversible(solver)
+
+
+@pytest.mark.parametrize("solver", [RK, dfxr.ReversibleHeun()])
+def test_base_is_reversible(solver):
+    with pytest.raises(ValueError, match="reversible already"):
+        dfxr.UReversible(solver)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.001, float("nan"), float("inf")])
+def test_coupling_parameter_range(value):
+    with pytest.raises(ValueError, match="greater than 0 and at most 1"):
+        dfxr.UReversible(diffrax.Heun(), coupling_parameter=value)
+
+
+def test_coupling_parameter_bounds_allowed():
+    for value in (1, 1.0, 1e-3):
+        assert dfxr.UReversible(diffrax.Heun(), value).coupling_parameter == value
+
+
+@pytest.mark.parametrize("base", [diffrax.Tsit5(), diffrax.Midpoint()])
+def test_sde_needs_stratonovich(base):
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-2, (), jax.random.key(0))
+    terms = diffrax.MultiTerm(
+        TERM, diffrax.ControlTerm(lambda t, y, args: 0.1 * y, path)
+    )
+    if isinstance(base, diffrax.AbstractStratonovichSolver):
+        assert solve(jnp.array(1.0), terms=terms, solver=dfxr.UReversible(base)).ys
+    else:
+        # diffrax itself warns of this.
+        with (
+            pytest.warns(UserWarning, match="not marked as converging"),
+            pytest.raises(ValueError, match=r"UReversible\(diffrax.Heun\(\)\)"),
+        ):
+            solve(jnp.array(1.0), terms=terms, solver=dfxr.UReversible(base))
+
+
+@pytest.mark.parametrize(
+    "solver,remedy",
+    [
+        (diffrax.Tsit5(), r"solver=UReversible\(Tsit5\(\)\)"),
+        (diffrax.Euler(), r"solver=UReversible\(diffrax.Tsit5\(\)\)"),
+        (
+            diffrax.HalfSolver(diffrax.Tsit5()),
+            r"solver=UReversible\(diffrax.Tsit5\(\)\)",
+        ),
+    ],
+)
+def test_solver_is_not_reversible(solver, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        solve(solver=solver)
+
+
+def test_event():
+    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] < 0.5)
+    with pytest.raises(NotImplementedError, match="event=..."):
+        solve(event=event)
+
+
+def test_unsafe_brownian_path():
+    path = diffrax.UnsafeBrownianPath((), jax.random.key(0))
+    terms = diffrax.ControlTerm(lambda t, y, args: y, path)
+    with pytest.raises(ValueError, match="VirtualBrownianTree"):
+        solve(jnp.array(1.0), terms=terms)
+
+
+TS = jnp.array([0.2, 0.6])
+PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name,value,solve_with",
+    [
+        ("t0", 0.0, lambda x: solve(t0=x)),
+        ("t1", 1.0, lambda x: solve(t1=x)),
+        ("dt0", 0.1, lambda x: solve(dt0=x)),
+        ("ts", TS, lambda x: solve(saveat=diffrax.SaveAt(ts=x))),
+        (
+            "step_ts",
+            TS,
+            lambda x: solve(
+                stepsize_controller=diffrax.ClipStepSizeController(PID, step_ts=x)
+            ),
+        ),
+        (
+            "StepTo",
+            jnp.array([0.0, 0.5, 1.0]),
+            lambda x: solve(dt0=None, stepsize_controller=diffrax.StepTo(x)),
+        ),
+        ("t1 with PID", 1.0, lambda x: solve(t1=x, stepsize_controller=PID)),
+    ],
+)
+def test_gradient_of_times(name, value, solve_with):
+    value = jnp.asarray(value)
+    assert jnp.all(jnp.isfinite(solve_with(value).ys))
+    with pytest.raises(NotImplementedError, match="times of a solve"):
+        jax.grad(lambda x: jnp.sum(solve_with(x).ys))(value)
+
+
+def test_gradient_of_tolerances_is_zero():
+    # As with every other adjoint: diffrax stops it.
+    @jax.grad
+    def gradient(rtol):
+        controller = diffrax.PIDController(rtol=rtol, atol=1e-3)
+        return jnp.sum(solve(stepsize_controller=controller).ys)
+
+    assert gradient(jnp.array(1e-3)) == 0
+
+
+def test_no_bound_on_steps():
+    assert jnp.all(jnp.isfinite(solve(max_steps=None).ys))
+    with pytest.raises(Exception, match="bound on the number of steps"):
+        jax.grad(lambda y0: jnp.sum(solve(y0, max_steps=None).ys))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("checkpoints", [-1, True])
+def test_checkpoints(checkpoints):
+    with pytest.raises(ValueError, match="nonnegative integer"):
+        dfxr.ReversibleAdjoint(checkpoints=checkpoints)
+
+
+def test_register_reversible():
+    with pytest.raises(ValueError, match="subclass of `diffrax.AbstractSolver`"):
+        dfxr.register_reversible(int, lambda x: x)
+
+
+def test_registered():
+    class Mine(diffrax.Heun):
+        pass
+
+    with pytest.raises(ValueError, match=r"UReversible\(Mine\(\)\)"):
+        solve(solver=Mine())
+    dfxr.register_reversible(Mine, lambda _: dfxr.LeapfrogMidpoint())
+    # Not run as itself, for its state is another: only the lookup is shown here.
+    from diffrax_reversible._registry import to_reversible
+
+    assert type(to_reversible(Mine())) is dfxr.LeapfrogMidpoint
+
+
+def test_backward_step_of_another_structure():
+    class Wrong(dfxr.AbstractReversibleSolver):
+        term_structure = diffrax.ODETerm
+        interpolation_cls = diffrax.LocalLinearInterpolation
+
+        def init(self, *args):
+            return GenericLeapfrog().init(*args)
+
+        def func(self, *args):
+            return GenericLeapfrog().func(*args)
+
+        def step(self, *args):
+            return GenericLeapfrog().step(*args)
+
+        def backward_step(self, *args):
+            y0, dense_info, state = GenericLeapfrog().backward_step(*args)
+            return y0.astype(jnp.float32), dense_info, state
+
+    with pytest.raises(ValueError, match="Wrong.backward_step` must return `y0`"):
+        solve(solver=Wrong())
+
+
+def test_coupling_that_reads_what_it_updates():
+    class Wrong(dfxr.AbstractCouplingSolver):
+        term_structure = diffrax.ODETerm
+        interpolation_cls = diffrax.LocalLinearInterpolation
+
+        def init(self, *args):
+            return None
+
+        def func(self, terms, t0, y0, args):
+            return terms.vf(t0, y0, args)
+
+        def split(self, y, solver_state):
+            return dfxr.Registers((y,))
+
+        def merge(self, registers):
+            return registers.registers[0], None
+
+        def couplings(self):
+            return (dfxr.Coupling(0, lambda step, registers: (0.1 * registers[0], {})),)
+
+        def finish(self, registers0, registers1, infos):
+            return None, dict(y0=registers0[0], y1=registers1[0])
+
+    with pytest.raises(TypeError, match="NoneType"):
+        solve(solver=Wrong())
+
+
+#
+# Steps that cannot be undone
+#
+
+JUMPS = diffrax.ClipStepSizeController(
+    diffrax.PIDController(rtol=1e-2, atol=1e-2), jump_ts=[0.2, 0.4, 0.6]
+)
+
+
+def _jumping(checkpoints):
+    term = diffrax.ODETerm(lambda t, y, args: jnp.where(t < 0.4, -y, 2 * jnp.sin(y)))
+
+    def loss(y0):
+        sol = solve(
+            y0,
+            terms=term,
+            solver=dfxr.ReversibleHeun(),
+            stepsize_controller=JUMPS,
+            adjoint=dfxr.ReversibleAdjoint(checkpoints=checkpoints),
+        )
+        return jnp.sum(sol.ys)
+
+    return loss
+
+
+@pytest.mark.parametrize("checkpoints,sufficient", [(0, 4), (2, 4)])
+def test_too_few_checkpoints(checkpoints, sufficient):
+    loss = _jumping(checkpoints)
+    y0 = jnp.array([1.0, 2.0])
+    assert jnp.isfinite(eqx.filter_jit(loss)(y0))
+    message = rf"checkpoints={checkpoints}\)` has slots for(.|\n)*checkpoints=4"
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(eqx.filter_jit(jax.grad(loss))(y0))
+    # And with what it says, it works.
+    grad = eqx.filter_jit(jax.grad(_jumping(sufficient)))(y0)
+    assert jnp.all(jnp.isfinite(grad))
+
+
+class Forgetful(dfxr.AbstractReversibleSolver):
+    """Asks for checkpoints at every third step, and its `backward_step` is wrong
+    there."""
+
+    term_structure = diffrax.ODETerm
+    interpolation_cls = diffrax.LocalLinearInterpolation
+
+    def init(self, terms, t0, t1, y0, args):
+        return (GenericLeapfrog().init(terms, t0, t1, y0, args), 0)
+
+    def func(self, *args):
+        return GenericLeapfrog().func(*args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        inner, i = solver_state
+        *rest, inner, result = GenericLeapfrog().step(
+            terms, t0, t1, y0, args, inner, made_jump
+        )
+        return *rest, (inner, i + 1), result
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+        inner, i = solver_state
+        y0, dense_info, inner = GenericLeapfrog().backward_step(
+            terms, t0, t1, y1, args, inner, made_jump
+        )
+        y0 = jnp.where(i % 3 == 0, jnp.nan, y0)
+        return y0, dense_info, (inner, i)
+
+    def recorded(self, solver_state):
+        return solver_state[1]
+
+    def needs_checkpoint(self, solver_state, new_solver_state, made_jump):
+        return solver_state[1] % 3 == 0
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_user_solver_with_checkpoints(batched):
+    def loss(y0, w, solver):
+        term = diffrax.ODETerm(lambda t, y, args: jnp.sin(w * y))
+        sol = solve(y0, terms=term, solver=solver)
+        return jnp.sum(sol.ys)
+
+    def gradient(solver):
+        fn = lambda y0, w: loss(y0, w, solver)
+        fn = jax.grad(fn, argnums=(0, 1))
+        return eqx.filter_jit(jax.vmap(fn, (0, None)) if batched else fn)
+
+    y0 = jnp.array([1.0, 2.0])
+    y0 = jnp.stack([y0, 2 * y0]) if batched else y0
+    w = jnp.array(1.5)
+    ours = gradient(Forgetful())(y0, w)
+    expected = gradient(CouplingLeapfrog())(y0, w)
+    for x, y in zip(ours, expected):
+        # Ten steps of a few roundings each.
+        assert jnp.allclose(x, y, rtol=1e3 * jnp.finfo(jnp.float64).eps, atol=0)

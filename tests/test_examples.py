@@ -1,0 +1,93 @@
+"""The examples run, at their small size; and so does the code in the README."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+matplotlib.use("Agg")
+
+
+def _load(name):
+    path = ROOT / "examples" / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def users_settings():
+    # The tests are stricter than what users have.
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_hare_lynx(tmp_path, capsys):
+    output = tmp_path / "fit.png"
+    results = _load("hare_lynx.py").main(["--quick", "--output", str(output)])
+    assert output.read_bytes().startswith(b"\x89PNG")
+    for result in results.values():
+        assert result["loss"] < result["initial_loss"]
+        assert result["difference"] < 0.01
+    assert "alpha" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_benchmark(capsys):
+    ratios, memory = _load("benchmarks/gradient.py").main(["--quick"])
+    assert len(ratios) == 6
+    assert all(ours > 0 for _, ours in memory.values())
+    assert "| MLP, Tsit5 |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_readme():
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    namespace = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert jnp.all(jnp.isfinite(namespace["grads"]))
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_docstring_example():
+    from diffrax_reversible import AbstractCouplingSolver
+
+    doc = AbstractCouplingSolver.__doc__
+    assert doc is not None
+    [code] = re.findall(r"```python\n(.*?)```", doc, re.S)
+    namespace = {}
+    lines = [line.removeprefix("        ") for line in code.splitlines()]
+    exec("\n".join(lines), namespace)
+    solver = namespace["AsynchronousLeapfrog"]()
+    import diffrax
+
+    import diffrax_reversible as dfxr
+
+    def solve(y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            solver,
+            0.0,
+            1.0,
+            0.01,
+            y0,
+            adjoint=dfxr.ReversibleAdjoint(),
+        )
+        return sol.ys[0]
+
+    # Second order, with a small constant.
+    value, grad = jax.value_and_grad(solve)(jnp.array(1.0))
+    assert abs(value - jnp.exp(-1)) < 1e-4
+    assert abs(grad - jnp.exp(-1)) < 1e-4

@@ -1,0 +1,286 @@
+"""What a user's own couplings may do, and what they are told if they may not."""
+
+import functools as ft
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import pytest
+
+import diffrax_reversible as dfxr
+
+from .helpers import GenericLeapfrog, relative_difference
+from .test_errors import Forgetful
+
+
+TOL = 1e-10
+Y0 = jnp.array([0.5, 0.7])
+
+
+def vector_field(t, y, args):
+    return jnp.sin(args * y) + t
+
+
+class Damped(dfxr.AbstractCouplingSolver):
+    """Asynchronous leapfrog, damped by a parameter that is in its scale too."""
+
+    damping: Any
+    term_structure = diffrax.ODETerm
+    interpolation_cls = diffrax.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def init(self, terms, t0, t1, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def split(self, y, solver_state):
+        return dfxr.Registers((y, solver_state))
+
+    def merge(self, registers):
+        return registers.registers
+
+    def couplings(self):
+        return (
+            dfxr.Coupling(0, self._drift),
+            dfxr.Coupling(1, self._kick, scale=lambda fixed: self.damping),
+            dfxr.Coupling(0, self._drift),
+        )
+
+    def _drift(self, step, registers):
+        return 0.5 * step.control * registers[1], {}
+
+    def _kick(self, step, registers):
+        t = step.t0 + 0.5 * (step.t1 - step.t0)
+        f = step.terms.vf(t, registers[0], step.args)
+        return (1 - self.damping) * f, {}
+
+    def finish(self, registers0, registers1, infos):
+        return None, dict(y0=registers0[0], y1=registers1[0])
+
+
+class Recorded(Damped):
+    """With a recorded number in its shift and scale, that `init` makes of `args`."""
+
+    stop: bool = False
+
+    def init(self, terms, t0, t1, y0, args):
+        number = jnp.tanh(args)
+        number = jax.lax.stop_gradient(number) if self.stop else number
+        return terms.vf(t0, y0, args), number
+
+    def split(self, y, solver_state):
+        return dfxr.Registers((y, solver_state[0]))
+
+    def merge(self, registers):
+        y, v = registers.registers
+        return y, (v, registers.fixed)
+
+    def recorded(self, solver_state):
+        return solver_state[1]
+
+    def couplings(self):
+        return (
+            dfxr.Coupling(0, self._drift),
+            dfxr.Coupling(1, self._kick, scale=lambda fixed: -fixed),
+            dfxr.Coupling(0, self._drift),
+        )
+
+    def _kick(self, step, registers):
+        f = step.terms.vf(step.t0, registers[0], step.args)
+        return (1 + step.fixed) * f, {}
+
+
+class Pair(Damped):
+    """Without any solver state: the registers are the parts of `y`."""
+
+    term_structure = diffrax.AbstractTerm
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def split(self, y, solver_state):
+        p, q = y
+        return dfxr.Registers((p, q))
+
+    def merge(self, registers):
+        return registers.registers, None
+
+    def couplings(self):
+        return dfxr.Coupling(0, self._first), dfxr.Coupling(1, self._second)
+
+    def _first(self, step, registers):
+        _, q = registers
+        p, _ = step.terms.vf_prod(step.t0, (q, q), step.args, step.control)
+        return p, {}
+
+    def _second(self, step, registers):
+        p, _ = registers
+        _, q = step.terms.vf_prod(step.t1, (p, p), step.args, step.control)
+        return q, {}
+
+    def finish(self, registers0, registers1, infos):
+        return None, dict(y0=registers0, y1=registers1)
+
+
+def solve(solver, y0, args, adjoint, t1=1.0, **kwargs):
+    vf = lambda t, y, args: jax.tree.map(lambda x: vector_field(t, x, args), y)
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(vf),
+        solver,
+        0.0,
+        t1,
+        0.1,
+        y0,
+        args,
+        saveat=diffrax.SaveAt(t1=True, ts=jnp.array([0.0])),
+        adjoint=adjoint,
+        max_steps=16,
+        **kwargs,
+    )
+
+
+def gradients(loss, params, reference=diffrax.DirectAdjoint()):
+    return [
+        jax.jit(jax.grad(ft.partial(loss, adjoint)))(params)
+        for adjoint in (dfxr.ReversibleAdjoint(), reference)
+    ]
+
+
+def total(sol):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(sol.ys))
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static:UserWarning")
+def test_scale_is_differentiated():
+    def loss(adjoint, params):
+        damping, y0, args = params
+        return total(solve(Damped(damping), y0, args, adjoint))
+
+    assert relative_difference(
+        *gradients(loss, (jnp.array(-0.9), Y0, jnp.array(1.3)))
+    ) < (TOL)
+
+
+def test_registers_of_y():
+    def loss(adjoint, params):
+        y0, args = params
+        return total(solve(Pair(1.0), y0, args, adjoint))
+
+    params = ((Y0, 2 * Y0), jnp.array(1.3))
+    assert relative_difference(*gradients(loss, params)) < TOL
+
+
+def test_recorded_is_constant():
+    def loss(stop, adjoint, args):
+        return total(solve(Recorded(1.0, stop), Y0, args, adjoint))
+
+    with pytest.raises(NotImplementedError, match="`Recorded.recorded` selects"):
+        jax.grad(ft.partial(loss, False, dfxr.ReversibleAdjoint()))(jnp.array(1.3))
+    pair = gradients(ft.partial(loss, True), jnp.array(1.3))
+    assert relative_difference(*pair) < TOL
+
+
+@pytest.mark.parametrize("scale", [jnp.array(0.5), "half"])
+def test_scale_is_no_number(scale):
+    with pytest.raises(ValueError, match="must be a Python number, or a function"):
+        dfxr.Coupling(0, lambda step, registers: (None, {}), scale)
+
+
+def test_scale_is_zero():
+    with pytest.raises(ValueError, match="cannot be undone"):
+        dfxr.Coupling(0, lambda step, registers: (None, {}), scale=0.0)
+
+
+def test_fixed_set_by_split():
+    class Wrong(Recorded):
+        def split(self, y, solver_state):
+            return dfxr.Registers((y, solver_state[0]), fixed=solver_state[1])
+
+    with pytest.raises(ValueError, match="Select that part of the solver state in"):
+        solve(Wrong(1.0), Y0, jnp.array(1.3), dfxr.ReversibleAdjoint())
+
+
+def test_evaluate_not_shared():
+    class Wrong(Damped):
+        has_evaluate = True
+
+        def couplings(self):
+            return (dfxr.Coupling(0, self._drift), dfxr.Coupling(1, self._kick))
+
+    with pytest.raises(ValueError, match="update the same register"):
+        solve(Wrong(1.0), Y0, jnp.array(1.3), dfxr.ReversibleAdjoint())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [Recorded(1.0, True), dfxr.LeapfrogMidpoint(), Forgetful()],
+    ids=["recorded", "leapfrog", "checkpoints"],
+)
+def test_elements_that_finish_early(solver):
+    # One of them makes no step at all; and the checkpoint of another is at its first.
+    t1 = jnp.array([0.0, 0.25, 1.0])
+
+    def loss(adjoint, params):
+        y0, args = params
+        fn = lambda t1: total(solve(solver, y0, args, adjoint, t1))
+        return jnp.sum(jax.vmap(fn)(t1))
+
+    params = (Y0, jnp.array(1.3))
+    if isinstance(solver, Forgetful):
+        ours, _ = gradients(loss, params)
+        # The same steps.
+        expected = jax.jit(
+            jax.grad(
+                lambda params: jnp.sum(
+                    jax.vmap(
+                        lambda t1: total(
+                            solve(
+                                GenericLeapfrog(), *params, diffrax.DirectAdjoint(), t1
+                            )
+                        )
+                    )(t1)
+                )
+            )
+        )(params)
+    else:
+        ours, expected = gradients(loss, params)
+    assert relative_difference(ours, expected) < TOL
+
+
+def test_hessian():
+    # Forward over reverse, batched.
+    def loss(adjoint, y0):
+        solver = dfxr.UReversible(diffrax.Heun())
+        return total(solve(solver, y0, jnp.array(1.3), adjoint))
+
+    ours = jax.jit(jax.hessian(ft.partial(loss, dfxr.ReversibleAdjoint())))(Y0)
+    forward = jax.jacfwd(jax.jacfwd(ft.partial(loss, diffrax.ForwardMode())))
+    assert relative_difference(ours, jax.jit(forward)(Y0)) < TOL
+
+
+def test_progress_meter(capfd):
+    def loss(adjoint, y0):
+        solver = dfxr.UReversible(diffrax.Heun())
+        meter = diffrax.TextProgressMeter(minimum_increase=0.5)
+        return total(solve(solver, y0, jnp.array(1.3), adjoint, progress_meter=meter))
+
+    assert relative_difference(*gradients(loss, Y0)) < TOL
+    jax.effects_barrier()
+    assert "100.00%" in capfd.readouterr().out
+
+
+def test_norm_that_closes_over_parameters():
+    def loss(adjoint, y0):
+        norm = lambda error: jnp.sqrt(jnp.mean((error / (1 + y0**2)) ** 2))
+        controller = diffrax.PIDController(rtol=1e-2, atol=1e-3, norm=norm)
+        solver = dfxr.UReversible(diffrax.Heun())
+        return total(
+            solve(solver, y0, jnp.array(1.3), adjoint, stepsize_controller=controller)
+        )
+
+    assert relative_difference(*gradients(loss, Y0)) < TOL

@@ -1,0 +1,149 @@
+"""Batches: over any argument, in any nesting with `grad`, with steps of their own."""
+
+import functools as ft
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import pytest
+
+import diffrax_reversible as dfxr
+
+from .helpers import relative_difference
+from .test_gradient import TOL, weighted_sum
+
+
+B = 4
+SOLVERS = [dfxr.UReversible(diffrax.Heun(), 0.99), dfxr.ReversibleHeun()]
+PID = diffrax.PIDController(rtol=1e-2, atol=1e-3)
+CONTROLLERS = {
+    "constant": diffrax.ConstantStepSize(),
+    "pid": PID,
+    "jumps": diffrax.ClipStepSizeController(PID, jump_ts=[0.4]),
+}
+
+
+def _loss(adjoint, solver, controller, w, y0, t1):
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, w: 2 * jnp.tanh(w @ y)),
+        solver,
+        0.0,
+        t1,
+        0.1,
+        y0,
+        w,
+        saveat=diffrax.SaveAt(
+            t1=True,
+            ts=jnp.linspace(0, 0.5, 4),
+            fn=lambda t, y, w: jnp.sum(y * w[0], keepdims=True),
+        ),
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=64,
+    )
+    return weighted_sum(sol.ys)
+
+
+def _arguments():
+    keys = jax.random.split(jax.random.key(0), 2)
+    w = jax.random.normal(keys[0], (B, 3, 3))
+    # Of different sizes, so that step counts differ.
+    y0 = jax.random.normal(keys[1], (B, 3)) * jnp.array([0.1, 0.5, 1, 3])[:, None]
+    return w, y0, jnp.array([0.5, 0.7, 1.0, 1.9])
+
+
+def _sum_of_batch(loss, w, y0, t1):
+    # Shared parameters.
+    total = lambda w, y0: jnp.sum(jax.vmap(loss, (None, 0, 0))(w[0], y0, t1))
+    return jax.grad(total, argnums=(0, 1))(w, y0)
+
+
+def _per_example(loss, w, y0, t1):
+    return jax.vmap(jax.grad(loss, argnums=(0, 1)), (None, 0, 0))(w[0], y0, t1)
+
+
+def _nested(loss, w, y0, t1):
+    # Over parameters outside of `grad`, over initial values inside.
+    total = lambda w, y0: jnp.sum(jax.vmap(loss, (None, 0, 0))(w, y0, t1))
+    return jax.vmap(jax.grad(total, argnums=(0, 1)), (0, None))(w[:2], y0)
+
+
+@pytest.mark.parametrize(
+    "nesting,controller",
+    [
+        *((n, c) for n in (_sum_of_batch, _per_example) for c in CONTROLLERS),
+        (_nested, "pid"),
+    ],
+)
+@pytest.mark.parametrize("solver", SOLVERS, ids=["UReversible", "ReversibleHeun"])
+def test_vmap(solver, controller, nesting):
+    controller = CONTROLLERS[controller]
+    gradients = [
+        jax.jit(ft.partial(nesting, ft.partial(_loss, adjoint, solver, controller)))(
+            *_arguments()
+        )
+        for adjoint in (dfxr.ReversibleAdjoint(), diffrax.RecursiveCheckpointAdjoint())
+    ]
+    assert relative_difference(*gradients) < TOL
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=["UReversible", "ReversibleHeun"])
+def test_finished_elements_do_nothing(solver):
+    # One element takes few steps and ends where going on would be a disaster: the
+    # vector field is a root of something about to be negative.
+    def loss(p, y0, t1):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, p: -p * jnp.sqrt(y)),
+            solver,
+            0.0,
+            t1,
+            0.1,
+            y0,
+            p,
+            adjoint=dfxr.ReversibleAdjoint(),
+            max_steps=64,
+        )
+        return jnp.sum(sol.ys)
+
+    p = jnp.array(1.0)
+    y0, t1 = jnp.array([1e-2, 4.0]), jnp.array([0.1, 3.0])
+    gradient = jax.grad(loss, argnums=(0, 1))
+    batched = jax.jit(jax.vmap(gradient, (None, 0, 0)))(p, y0, t1)
+    single = jax.jit(gradient)
+    for i in range(2):
+        expected = single(p, y0[i], t1[i])
+        assert relative_difference([x[i] for x in batched], expected) < TOL
+
+    # And an element whose solve fails does not touch the others.
+    bad = jax.jit(jax.vmap(gradient, (None, 0, 0)))(p, jnp.array([-1.0, 4.0]), t1)
+    assert jnp.isnan(bad[1][0])
+    assert relative_difference([x[1] for x in bad], single(p, y0[1], t1[1])) < TOL
+
+
+def test_scan_and_checkpoint():
+    w, y0, _ = _arguments()
+    solver = SOLVERS[0]
+
+    def loss(adjoint, w, y0):
+        @jax.checkpoint
+        def body(y, w):
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
+                solver,
+                0.0,
+                0.3,
+                0.1,
+                y,
+                w,
+                adjoint=adjoint,
+                max_steps=8,
+            )
+            return sol.ys[0], None
+
+        return weighted_sum(jax.lax.scan(body, y0[0], w)[0])
+
+    gradients = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint), argnums=(0, 1)))(w, y0)
+        for adjoint in (dfxr.ReversibleAdjoint(), diffrax.DirectAdjoint())
+    ]
+    assert relative_difference(*gradients) < TOL
