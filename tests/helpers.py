@@ -261,11 +261,13 @@ def make_terms(case: SolverCase, kind: str, structure: str, dtype, key):
             xs = jax.random.normal(next(keys), (9, CONTROL_SIZE), dtype)
             return driven(y_in, y_out, diffrax.LinearInterpolation(ts, xs))
         if kind == "sde":
+            # Of a coarse tolerance, as its depth is compiled at every query. (Its ends
+            # are not arrays, or they would be differentiated: NaN for every adjoint.)
             path = diffrax.VirtualBrownianTree(
-                jnp.array(-2, dtype),
-                jnp.array(2, dtype),
-                1e-3,
-                (CONTROL_SIZE,),
+                -2.0,
+                2.0,
+                0.05,
+                jax.ShapeDtypeStruct((CONTROL_SIZE,), dtype),
                 next(keys),
             )
             return diffrax.MultiTerm(ode(y_in, y_out), driven(y_in, y_out, path))

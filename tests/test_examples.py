@@ -47,9 +47,9 @@ def test_hare_lynx(tmp_path, capsys):
 @pytest.mark.usefixtures("users_settings")
 def test_benchmark(capsys):
     ratios, memory = _load("benchmarks/gradient.py").main(["--quick"])
-    assert len(ratios) == 6
+    assert len(ratios) == 1
     assert all(ours > 0 for _, ours in memory.values())
-    assert "| MLP, Tsit5 |" in capsys.readouterr().out
+    assert "Lotka--Volterra, ReversibleHeun |" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("users_settings")

@@ -39,7 +39,7 @@ def _loss(adjoint, solver, controller, w, y0, t1):
         ),
         stepsize_controller=controller,
         adjoint=adjoint,
-        max_steps=64,
+        max_steps=256,
     )
     return weighted_sum(sol.ys)
 
@@ -71,7 +71,9 @@ def _nested(loss, w, y0, t1):
 @pytest.mark.parametrize(
     "nesting,controller",
     [
-        *((n, c) for n in (_sum_of_batch, _per_example) for c in CONTROLLERS),
+        (_sum_of_batch, "constant"),
+        (_sum_of_batch, "jumps"),
+        (_per_example, "pid"),
         (_nested, "pid"),
     ],
 )
@@ -106,7 +108,7 @@ def test_finished_elements_do_nothing(solver):
         return jnp.sum(sol.ys)
 
     p = jnp.array(1.0)
-    y0, t1 = jnp.array([1e-2, 4.0]), jnp.array([0.1, 3.0])
+    y0, t1 = jnp.array([2e-2, 4.0]), jnp.array([0.1, 3.0])
     gradient = jax.grad(loss, argnums=(0, 1))
     batched = jax.jit(jax.vmap(gradient, (None, 0, 0)))(p, y0, t1)
     single = jax.jit(gradient)

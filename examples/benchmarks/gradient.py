@@ -124,6 +124,8 @@ def main(argv=None):
     print("ReversibleAdjoint on its reversible form, and the ratio of the two.\n")
     print("| problem | default, ms | ours, ms | ratio | compiling, ratio |")
     print("|---|---|---|---|---|")
+    if args.quick:
+        rows = rows[-1:]
     ratios = {}
     for name, problem, solver, reversible, kwargs in rows:
         run0, compile0, _ = compile_gradient(
@@ -145,7 +147,7 @@ def main(argv=None):
     print("| steps | default | ours |")
     print("|---|---|---|")
     memory = {}
-    for n in (10, 100) if args.quick else (100, 1000, 10_000, 100_000):
+    for n in (10,) if args.quick else (100, 1000, 10_000, 100_000):
         _, _, bytes0 = compile_gradient(sine_problem(size), tsit5, DEFAULT, n)
         _, _, bytes1 = compile_gradient(sine_problem(size), u_tsit5, OURS, n)
         memory[n] = bytes0, bytes1

@@ -47,9 +47,11 @@ class UReversible(
 
         The difference $y - z$ is multiplied by about $\lambda e^{-ah}$ in each step
         along a component of the solution that behaves like $e^{at}$. So on every
-        component that decays it **grows**, and in time spoils the solution. Use this
-        method for problems that are conservative or nearly so, or over short times; on
-        dissipative problems check the solution against that of the wrapped solver.
+        component that decays it **grows**, and in time spoils the solution; or, with
+        adaptive steps, it makes the steps so small that `max_steps` is reached. A
+        smaller `coupling_parameter` helps to some extent. Use this method for problems
+        that are conservative or nearly so, or over short times; on dissipative
+        problems check the solution against that of the wrapped solver.
 
     ??? cite "Reference"
 
