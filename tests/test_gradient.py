@@ -369,6 +369,44 @@ def test_differentiated_solver_state():
     assert relative_difference(ours, reference) < TOL
 
 
+@pytest.mark.parametrize("name", ["UReversible-Heun", "ReversibleHeun"])
+def test_resumed_with_other_args(name):
+    # What the solver kept from the first solve is not what it would find in the second.
+    w, y0 = _linear_problem()
+    term = diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y))
+
+    def loss(adjoint, params):
+        w, y0 = params
+        solve = ft.partial(
+            diffrax.diffeqsolve,
+            term,
+            SOLVERS[name].solver,
+            dt0=0.1,
+            adjoint=adjoint,
+            max_steps=MAX_STEPS,
+        )
+        first = solve(
+            t0=0.0,
+            t1=0.5,
+            y0=y0,
+            args=w,
+            saveat=diffrax.SaveAt(t1=True, solver_state=True),
+        )
+        second = solve(
+            t0=0.5,
+            t1=1.0,
+            y0=first.ys[0],
+            args=2 * w,
+            solver_state=first.solver_state,
+            saveat=diffrax.SaveAt(ts=[0.53, 0.57], fn=lambda t, y, w: y**3),
+        )
+        return weighted_sum(second.ys)
+
+    ours = jax.jit(jax.grad(ft.partial(loss, dfxr.ReversibleAdjoint())))((w, y0))
+    reference = jax.jit(jax.grad(ft.partial(loss, diffrax.DirectAdjoint())))((w, y0))
+    assert relative_difference(ours, reference) < TOL
+
+
 @pytest.mark.parametrize("host", [diffrax.ReversibleHeun(), diffrax.LeapfrogMidpoint()])
 def test_host_instances(host):
     w, y0 = _linear_problem()

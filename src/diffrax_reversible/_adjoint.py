@@ -469,11 +469,18 @@ def _loop_bwd(
             record, carry.num_slots, index, active
         )
 
-        def restore(y0, solver_state0, carry=carry, restore_slot=restore_slot):
+        def restore(y0, solver_state0):
+            y0, solver_state0 = restore_slot(y0, solver_state0)
+            if pullback.restores_start:
+                y0, solver_state0 = jtu.tree_map(
+                    lambda a, b: jnp.where(index == 0, a, b),
+                    (init_state.y, init_state.solver_state),
+                    (y0, solver_state0),
+                )
             # An element that never made a step is already where it started.
             return keep(
                 num_accepted_steps > 0,
-                restore_slot(y0, solver_state0),
+                (y0, solver_state0),
                 (carry.y1, carry.solver_state),
             )
 

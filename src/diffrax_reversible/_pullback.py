@@ -70,6 +70,10 @@ class Rebuilt(NamedTuple):
 
 
 class AbstractPullback(abc.ABC):
+    # Whether the start of the first step is to be taken from the initial state: a value
+    # kept from before the solve may be none that can be evaluated within it.
+    restores_start: bool = False
+
     @abc.abstractmethod
     def add_functions(self, hoister: Hoister, terms, args, step: Step):
         """Adds those functions that will be needed. `step` is an example."""
@@ -165,6 +169,7 @@ class CouplingPullback(AbstractPullback):
         self.solver = solver
         self.couplings = solver.checked_couplings()
         self.last = len(self.couplings) - 1
+        self.restores_start = solver.has_evaluate
 
     def _has_value(self, k: int) -> bool:
         return self.solver.has_evaluate and k in (0, self.last)
@@ -278,6 +283,8 @@ class CouplingPullback(AbstractPullback):
             next_carry, pull_value1 = residuals0, with_residuals(carry)
         else:
             next_carry, pull_value1 = carry, None
+        y0, solver_state0 = restore(*solver.merge(Registers(registers0, value0, fixed)))
+        registers0 = solver.split(y0, solver_state0).registers
 
         if want_dense_info:
             (_, dense_info), pull_finish = fns.vjp(
@@ -348,7 +355,6 @@ class CouplingPullback(AbstractPullback):
             )
             return grad_consts, grad_y0, grad_solver_state0, next_carry
 
-        y0, solver_state0 = restore(*solver.merge(Registers(registers0, value0, fixed)))
         return Rebuilt(y0, solver_state0, dense_info, pull)
 
 
