@@ -152,7 +152,6 @@ GRID = [
     ("ReversibleHeun", "step_to", "ode"),
     ("ReversibleHeun", "pid", "cde"),
     ("ReversibleHeun", "clip", "ode"),
-    ("ReversibleHeun", "clip", "sde"),
     ("LeapfrogMidpoint", "constant", "ode"),
     ("LeapfrogMidpoint", "step_to", "cde"),
     ("SemiImplicitEuler", "constant", "sde"),
@@ -211,9 +210,7 @@ def test_solver_controller_term(name, controller, kind, seed, sign):
         ("UReversible-Heun", "constant", "subs"),
         ("UReversible-Heun", "pid", "dense"),
         ("ReversibleHeun", "pid", "subs"),
-        ("ReversibleHeun", "clip", "dense"),
         ("user-generic", "step_to", "fn"),
-        ("user-generic", "constant", "dense"),
     ],
 )
 @hyp.settings(max_examples=3)

@@ -185,6 +185,8 @@ def test_recorded_is_constant():
     assert relative_difference(*pair) < TOL
 
 
+# Equinox warns of the array too.
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static:UserWarning")
 @pytest.mark.parametrize("scale", [jnp.array(0.5), "half"])
 def test_scale_is_no_number(scale):
     with pytest.raises(ValueError, match="must be a Python number, or a function"):

@@ -71,7 +71,6 @@ def _nested(loss, w, y0, t1):
 @pytest.mark.parametrize(
     "nesting,controller",
     [
-        (_sum_of_batch, "constant"),
         (_sum_of_batch, "jumps"),
         (_per_example, "pid"),
         (_nested, "pid"),

@@ -295,7 +295,7 @@ def _add_save_functions(hoister, i, sub, solver, terms, args, step):
 
 
 def _stationary_parameters(controller, y):
-    # The host stops all gradients through these, and through what the norm closes over.
+    # The host stops all gradients through these.
     while isinstance(controller, diffrax.ClipStepSizeController):
         controller = controller.controller
     if isinstance(controller, diffrax.PIDController):
@@ -310,7 +310,9 @@ def _stationary_parameters(controller, y):
             "factormax",
             "error_order",
         )
-        return [x for name in names for x in jtu.tree_leaves(getattr(controller, name))]
+        # With what the norm closes over.
+        norm = eqx.filter_closure_convert(controller.norm, y)
+        return jtu.tree_leaves(([getattr(controller, name) for name in names], norm))
     return []
 
 

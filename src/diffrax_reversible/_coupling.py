@@ -63,9 +63,8 @@ class Coupling(eqx.Module):
     shift: Callable[
         [StepInfo, tuple[PyTree, ...]], tuple[PyTree, dict[str, PyTree]]
     ] = eqx.field(static=True)
-    scale: float | Callable[[PyTree], RealScalarLike] = eqx.field(
-        static=True, default=1.0
-    )
+    # A number or a function. (Checked below, with a message better than a checker's.)
+    scale: Any = eqx.field(static=True, default=1.0)
 
     def __check_init__(self):
         if callable(self.scale):
@@ -80,7 +79,7 @@ class Coupling(eqx.Module):
                 "`Coupling(scale=0)` cannot be undone. Use a scale that is not zero."
             )
 
-    def scale_at(self, fixed: PyTree) -> RealScalarLike:
+    def scale_at(self, fixed: PyTree) -> Any:
         return self.scale(fixed) if callable(self.scale) else self.scale
 
     def apply(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):

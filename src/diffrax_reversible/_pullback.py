@@ -109,6 +109,8 @@ def _same_struct(x: PyTree, y: PyTree) -> bool:
 
 
 class GenericPullback(AbstractPullback):
+    restores_start = True
+
     def __init__(self, solver: AbstractReversibleSolver):
         self.solver = solver
 
