@@ -71,33 +71,9 @@ class UReversible(
     def __init__(
         self, solver: diffrax.AbstractSolver, coupling_parameter: float | int = 0.999
     ):
+        _check_base(solver)
         self.solver = solver  # pyright: ignore[reportAttributeAccessIssue]
         self.coupling_parameter = _check_coupling_parameter(coupling_parameter)
-
-    def __check_init__(self):
-        # Not `isinstance`, which looks through wrappers such as `HalfSolver`.
-        if issubclass(type(self.solver), AbstractReversibleSolver):
-            raise ValueError(
-                f"`UReversible({type(self.solver).__name__}(...))`: the wrapped solver "
-                "is reversible already, and can be used as it is."
-            )
-        if not issubclass(type(self.solver), diffrax.AbstractERK):
-            name = (
-                self.solver.__name__
-                if isinstance(self.solver, type)
-                else type(self.solver).__name__
-            )
-            raise ValueError(
-                "`UReversible(solver)` needs an instance of an explicit Runge--Kutta "
-                "solver, that is a subclass of `diffrax.AbstractERK`, such as "
-                f"`diffrax.Tsit5()`; got `{name}`."
-            )
-        if not isinstance(self.solver.tableau, diffrax.ButcherTableau):
-            raise ValueError(
-                f"`UReversible({type(self.solver).__name__}())` is not supported, as "
-                f"`{type(self.solver).__name__}` has several tableaus. Use a solver "
-                "with a single tableau, such as `diffrax.Tsit5()`."
-            )
 
     @property
     def _tableau(self) -> diffrax.ButcherTableau:
@@ -249,3 +225,25 @@ def _check_coupling_parameter(value) -> float:
             f"1; got {value}. A common choice is 0.999."
         )
     return as_float
+
+
+def _check_base(solver: diffrax.AbstractSolver) -> None:
+    # Not `isinstance`, which looks through wrappers such as `HalfSolver`.
+    if issubclass(type(solver), AbstractReversibleSolver):
+        raise ValueError(
+            f"`UReversible({type(solver).__name__}(...))`: the wrapped solver "
+            "is reversible already, and can be used as it is."
+        )
+    if not issubclass(type(solver), diffrax.AbstractERK):
+        name = solver.__name__ if isinstance(solver, type) else type(solver).__name__
+        raise ValueError(
+            "`UReversible(solver)` needs an instance of an explicit Runge--Kutta "
+            "solver, that is a subclass of `diffrax.AbstractERK`, such as "
+            f"`diffrax.Tsit5()`; got `{name}`."
+        )
+    if not isinstance(solver.tableau, diffrax.ButcherTableau):
+        raise ValueError(
+            f"`UReversible({type(solver).__name__}())` is not supported, as "
+            f"`{type(solver).__name__}` has several tableaus. Use a solver "
+            "with a single tableau, such as `diffrax.Tsit5()`."
+        )
