@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from typing import Any, final, TypeAlias
+from typing import Any, cast, final, TypeAlias
 
 import diffrax
 import jax.tree_util as jtu
@@ -241,7 +241,9 @@ def _check_base(solver: diffrax.AbstractSolver) -> None:
             "solver, that is a subclass of `diffrax.AbstractERK`, such as "
             f"`diffrax.Tsit5()`; got `{name}`."
         )
-    if not isinstance(solver.tableau, diffrax.ButcherTableau):
+    if not isinstance(
+        cast(diffrax.AbstractERK, solver).tableau, diffrax.ButcherTableau
+    ):
         raise ValueError(
             f"`UReversible({type(solver).__name__}())` is not supported, as "
             f"`{type(solver).__name__}` has several tableaus. Use a solver "
