@@ -160,13 +160,24 @@ class SolverCase:
     host: Any = None
     # By how much a step back can amplify rounding, besides what the step size does.
     amplification: float = 1.0
+    # Whether that happens in every step, so that many of them cannot be undone.
+    forgets: bool = False
 
 
 U = dfxr.UReversible
 SOLVERS = {
-    "UReversible-Heun": SolverCase(U(diffrax.Heun()), 2, adaptive=True),
+    # With a coupling drawn down to 1/8 where steps are made one by one.
+    "UReversible-Heun": SolverCase(
+        U(diffrax.Heun()), 2, adaptive=True, amplification=8
+    ),
+    "UReversible-Heun-0.999": SolverCase(U(diffrax.Heun(), 0.999), 2, adaptive=True),
     "UReversible-Ralston-0.5": SolverCase(
-        U(diffrax.Ralston(), 0.5), 2, controls=("cde",), adaptive=True, amplification=2
+        U(diffrax.Ralston(), 0.5),
+        2,
+        controls=("cde",),
+        adaptive=True,
+        amplification=2,
+        forgets=True,
     ),
     "UReversible-Bosh3-1": SolverCase(
         U(diffrax.Bosh3(), 1), 3, controls=("cde",), adaptive=True
@@ -176,6 +187,12 @@ SOLVERS = {
     ),
     "LeapfrogMidpoint": SolverCase(
         dfxr.LeapfrogMidpoint(), 2, controls=("cde",), host=diffrax.LeapfrogMidpoint()
+    ),
+    "ReversibleHeun-sync": SolverCase(
+        dfxr.ReversibleHeun(full_sync=True), 2, adaptive=True
+    ),
+    "LeapfrogMidpoint-sync": SolverCase(
+        dfxr.LeapfrogMidpoint(full_sync=True), 2, controls=("cde",)
     ),
     "SemiImplicitEuler": SolverCase(
         dfxr.SemiImplicitEuler(), 1, pair=True, host=diffrax.SemiImplicitEuler()

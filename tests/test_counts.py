@@ -215,14 +215,18 @@ RK = dfxr.UReversible(diffrax.Heun())
 @pytest.mark.parametrize(
     "kwargs,expected",
     [
-        (dict(solver=RK), 8),
+        # The coupling is recorded, in a byte.
+        (dict(solver=RK), 9),
+        (dict(solver=dfxr.UReversible(diffrax.Heun(), 0.999)), 8),
         (dict(solver=dfxr.ReversibleHeun()), 8),
         # The step before is recorded by the solver.
         (dict(solver=dfxr.LeapfrogMidpoint()), 16),
         # A batch that makes the same steps records them once.
-        (dict(solver=RK, batch=8), 8),
-        (dict(solver=RK, batch=8, adaptive=True), 8 * 8),
-        (dict(solver=RK, jumps=True), 9),
+        (dict(solver=dfxr.ReversibleHeun(), batch=8), 8),
+        # Each element of a batch has its own couplings.
+        (dict(solver=RK, batch=8), 8 + 8),
+        (dict(solver=RK, batch=8, adaptive=True), 8 * 9),
+        (dict(solver=RK, jumps=True), 10),
     ],
 )
 def test_memory(kwargs, expected):

@@ -152,14 +152,15 @@ def test_every_explicit_runge_kutta_solver_is_tested():
     assert in_diffrax == {type(base) for base, _ in BASES}
 
 
-@pytest.mark.parametrize("coupling_parameter", [1.0, 0.9])
+@pytest.mark.parametrize("coupling_parameter", [1.0, 0.9, "auto"])
 def test_error_estimate(coupling_parameter):
     # Where `y` and `z` agree it is that of the wrapped solver.
     terms, y0 = _pendulum(False)
     for base in (diffrax.Heun(), diffrax.Tsit5(), diffrax.Dopri8()):
         solver = dfxr.UReversible(base, coupling_parameter)
         t0, t1 = jnp.array(0.0), jnp.array(0.05)
-        ours = solver.step(terms, t0, t1, y0, None, y0, False)
+        state = solver.init(terms, t0, t1, y0, None)
+        ours = solver.step(terms, t0, t1, y0, None, state, False)
         state = base.init(terms, t0, t1, y0, None)
         host = base.step(terms, t0, t1, y0, None, state, False)
         for a, b in zip(jtu.tree_leaves(ours[:2]), jtu.tree_leaves(host[:2])):

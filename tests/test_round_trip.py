@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import pytest
 
+import diffrax_reversible as dfxr
+
 from .helpers import (
     make_args,
     make_terms,
@@ -35,15 +37,20 @@ def _states(case, terms, t0, t1, args, dtype, structure, key, spread):
     def perturb(x, noise):
         return x + spread * noise if eqx.is_inexact_array(x) else x
 
-    if case.host is not None and isinstance(case.host, diffrax.ReversibleHeun):
+    if isinstance(case.solver, dfxr.ReversibleHeun):
         # The kept evaluation must be that at the perturbed register.
-        yhat, _ = solver_state
+        yhat, _, *rest = solver_state
         yhat = jtu.tree_map(perturb, yhat, random_like(yhat, key2))
-        solver_state = (yhat, terms.vf(t0, yhat, args))
-    elif isinstance(case.host, diffrax.LeapfrogMidpoint):
-        t_prev, y_prev = solver_state
+        solver_state = (yhat, terms.vf(t0, yhat, args), *rest)
+    elif isinstance(case.solver, dfxr.LeapfrogMidpoint):
+        t_prev, y_prev, *rest = solver_state
         y_prev = jtu.tree_map(perturb, y_prev, random_like(y_prev, key2))
-        solver_state = (t_prev - 0.7 * (t1 - t0), y_prev)
+        solver_state = (t_prev - 0.7 * (t1 - t0), y_prev, *rest)
+    elif getattr(case.solver, "coupling_parameter", None) == "auto":
+        z, _, account = solver_state
+        z = jtu.tree_map(perturb, z, random_like(z, key2))
+        code = jax.random.randint(key2, (), 0, 25).astype(jnp.uint8)
+        solver_state = (z, code, account)
     else:
         inexact = eqx.filter(solver_state, eqx.is_inexact_array)
         inexact = jtu.tree_map(perturb, inexact, random_like(inexact, key2))
@@ -96,21 +103,25 @@ def _compiled(name, kind, structure, dtype):
         ym, _, statem = backward(y2, args, state2, False)
         y2_, _, _, state2_, _ = step(ym, args, statem, False)
 
-        there, size = _distance((y0_, state0_, dense_info_), (y0, state0, dense_info))
-        _, size1 = _distance((y1, state1), (y1, state1))
-        back, size2 = _distance(
-            (y2_, _drop(solver, state2_)), (y2, _drop(solver, state2))
+        rebuilt = ft.partial(_rebuilt, solver)
+        there, size = _distance(
+            (rebuilt(y0_, state0_), dense_info_), (rebuilt(y0, state0), dense_info)
         )
-        _, size3 = _distance((ym, statem), (ym, statem))
+        _, size1 = _distance(rebuilt(y1, state1), rebuilt(y1, state1))
+        back, size2 = _distance(rebuilt(y2_, state2_), rebuilt(y2, state2))
+        _, size3 = _distance(rebuilt(ym, statem), rebuilt(ym, statem))
         return there, jnp.maximum(size, size1), back, jnp.maximum(size2, size3)
 
     return jax.jit(jax.vmap(one))
 
 
-def _drop(solver, solver_state):
-    # The recorded part is not for `backward_step` to rebuild.
+def _rebuilt(solver, y, solver_state):
+    """Without what is recorded, or only chosen."""
+    if isinstance(solver, dfxr.AbstractCouplingSolver):
+        registers = solver.split(y, solver_state)
+        return registers.registers, registers.value
     recorded = {id(x) for x in jtu.tree_leaves(solver.recorded(solver_state))}
-    return [x for x in jtu.tree_leaves(solver_state) if id(x) not in recorded]
+    return y, [x for x in jtu.tree_leaves(solver_state) if id(x) not in recorded]
 
 
 CONFIGURATIONS = [
@@ -160,7 +171,7 @@ def test_many_steps(name, seed):
     error = _many_steps(name, n)(y0)
     # eps a step, times 1 / coupling_parameter: 0.5**200 is beyond any precision.
     bound = 64 * n * jnp.finfo(jnp.float64).eps * (1 / 0.999) ** n
-    if case.amplification == 1:
+    if not case.forgets:
         assert error < bound
     else:
         assert not error < bound
@@ -209,7 +220,7 @@ def _many_steps(name, n):
         intervals = (ts[:-1], ts[1:])
         end, recorded = jax.lax.scan(forward, (y0, state0), intervals)
         start, _ = jax.lax.scan(backward, end, (intervals, recorded), reverse=True)
-        diff, size = _distance(start, (y0, state0))
+        diff, size = _distance(_rebuilt(solver, *start), _rebuilt(solver, y0, state0))
         return diff / size
 
     return run

@@ -6,6 +6,7 @@ from ._coupling import (
     Registers as Registers,
     StepInfo as StepInfo,
 )
+from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
 from ._registry import register_reversible as register_reversible
 from ._solver.base import AbstractReversibleSolver as AbstractReversibleSolver
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint as LeapfrogMidpoint

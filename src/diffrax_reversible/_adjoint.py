@@ -1,6 +1,7 @@
 import dataclasses
 import functools as ft
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -12,6 +13,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._compat import host_loop, is_save_state, is_sub_save_at, is_unsafe_sde
+from ._controlled import precision, rms
 from ._hoist import Hoister, materialise, tree_add
 from ._pullback import Functions, make_pullback, Step
 from ._record import make_recorder, Record, Recorder
@@ -62,17 +64,30 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         ```
     """
 
-    checkpoints: int = 16
+    checkpoints: int = 32
+    checkpoint_every: int | None = None
+    drift_tolerance: float | None | Literal["auto"] = "auto"
 
     def __check_init__(self):
-        if (
-            isinstance(self.checkpoints, bool)
-            or not isinstance(self.checkpoints, int)
-            or self.checkpoints < 0
-        ):
+        if not _is_integer(self.checkpoints) or self.checkpoints < 0:
             raise ValueError(
                 "`ReversibleAdjoint(checkpoints=...)` must be a nonnegative integer; "
                 f"got {self.checkpoints}."
+            )
+        if self.checkpoint_every is not None and (
+            not _is_integer(self.checkpoint_every) or self.checkpoint_every < 1
+        ):
+            raise ValueError(
+                "`ReversibleAdjoint(checkpoint_every=...)` must be a positive integer, "
+                f"or `None`; got {self.checkpoint_every}."
+            )
+        tolerance = self.drift_tolerance
+        if tolerance not in (None, "auto") and not (
+            isinstance(tolerance, (int, float)) and tolerance > 0
+        ):
+            raise ValueError(
+                "`ReversibleAdjoint(drift_tolerance=...)` must be a positive number, "
+                f'"auto", or `None` for no check; got {tolerance}.'
             )
 
     def loop(
@@ -104,9 +119,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 "`VirtualBrownianTree`."
             )
         solver = to_reversible(solver)
-        if init_state.made_jump is True:
-            # As an array, or the host takes every step to follow a jump.
-            init_state = dataclasses.replace(init_state, made_jump=jnp.array(True))
+        init_state = with_arrays(init_state)
         outer_while_loop = ft.partial(
             _outer_while_loop,
             args=args,
@@ -115,8 +128,11 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             stepsize_controller=stepsize_controller,
             saveat=saveat,
             checkpoints=self.checkpoints,
+            checkpoint_every=self.checkpoint_every,
+            drift_tolerance=self.drift_tolerance,
         )
-        return host_loop(
+        num_checkpoints = []
+        final_state, stats = host_loop(
             args=args,
             terms=terms,
             solver=solver,
@@ -125,10 +141,14 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             saveat=saveat,
             max_steps=max_steps,
             init_state=init_state,
-            inner_while_loop=ft.partial(_inner_loop, kind="lax"),
-            outer_while_loop=outer_while_loop,
+            inner_while_loop=ft.partial(inner_loop, kind="lax"),
+            outer_while_loop=ft.partial(
+                outer_while_loop, num_checkpoints=num_checkpoints
+            ),
             **kwargs,
         )
+        [n] = num_checkpoints
+        return final_state, stats if n is None else {**stats, "num_checkpoints": n}
 
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
@@ -144,8 +164,21 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 """
 
 
-_inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
-_outer_loop = jax.named_call(eqxi.while_loop, name="outer-loop")
+inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
+outer_loop = jax.named_call(eqxi.while_loop, name="outer-loop")
+
+
+def with_arrays(init_state):
+    """After a step what the state holds are arrays, and before it too."""
+    if init_state.made_jump is True:
+        # Or the host takes every step to follow a jump.
+        init_state = dataclasses.replace(init_state, made_jump=jnp.array(True))
+    # The initial solver state may hold Python scalars.
+    solver_state = jtu.tree_map(
+        lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x,
+        init_state.solver_state,
+    )
+    return dataclasses.replace(init_state, solver_state=solver_state)
 
 
 def _outer_while_loop(
@@ -161,24 +194,21 @@ def _outer_while_loop(
     stepsize_controller,
     saveat,
     checkpoints,
+    checkpoint_every,
+    drift_tolerance,
+    num_checkpoints,
 ):
     """The host's loop over steps, with our rule for differentiating it.
 
     `solver.init`, saving at `t0` and `t1`, and all else that the host does before and
     after, lies outside this function and is differentiated by JAX.
     """
-    # The initial solver state may hold Python scalars; after a step they are arrays.
-    init_state = dataclasses.replace(
-        init_state,
-        solver_state=jtu.tree_map(
-            lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x,
-            init_state.solver_state,
-        ),
-    )
+    init_state = with_arrays(init_state)
     if max_steps is None:
-        final_state = _outer_loop(
+        final_state = outer_loop(
             cond_fun, body_fun, init_state, buffers=buffers, kind="lax"
         )
+        num_checkpoints.append(None)
         return eqxi.nondifferentiable_backward(
             final_state,
             msg=(
@@ -192,7 +222,13 @@ def _outer_while_loop(
         )
 
     recorder = make_recorder(
-        solver, stepsize_controller, init_state, args, max_steps, checkpoints
+        solver,
+        stepsize_controller,
+        init_state,
+        args,
+        max_steps,
+        checkpoints,
+        checkpoint_every,
     )
 
     def run(init_state):
@@ -209,7 +245,7 @@ def _outer_while_loop(
             state, record = carry
             return [*buffers(state), *recorder.buffers(record)]
 
-        return _outer_loop(
+        return outer_loop(
             _cond_fun,
             _body_fun,
             (init_state, recorder.init(init_state)),
@@ -241,7 +277,7 @@ def _outer_while_loop(
         hoister.number(x)
         for x in _stationary_parameters(stepsize_controller, init_state.y)
     )
-    final_state = _loop(
+    final_state, n = _loop(
         (init_state, ts, consts),
         hoisted=hoisted,
         num_local=num_local,
@@ -249,7 +285,10 @@ def _outer_while_loop(
         recorder=recorder,
         pullback=pullback,
         steps=tuple(sub.steps for sub in subs),
+        drift_tolerance=drift_tolerance,
     )
+    # Handed to `loop` past the host, which calls this.
+    num_checkpoints.append(n)
     # The locations of the steps are constants.
     stop = ft.partial(
         jtu.tree_map, lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x
@@ -260,7 +299,9 @@ def _outer_while_loop(
         tnext=stop(final_state.tnext),
         controller_state=stop(final_state.controller_state),
         progress_meter_state=stop(final_state.progress_meter_state),
-        solver_state=recorder.stop_recorded(final_state.solver_state),
+        solver_state=recorder.stop_recorded(
+            final_state.y, final_state.solver_state
+        ),
         dense_ts=stop(final_state.dense_ts),
         save_state=jtu.tree_map(
             lambda s: dataclasses.replace(s, ts=stop(s.ts)),
@@ -320,8 +361,8 @@ def _stationary_parameters(controller, y):
 def _loop(vjp_arg, *, hoisted, **kwargs):
     del kwargs
     init_state, _, consts = vjp_arg
-    final_state, _ = hoisted.call("run", consts, init_state)
-    return final_state
+    final_state, record = hoisted.call("run", consts, init_state)
+    return final_state, record.num_wanted
 
 
 @_loop.def_fwd
@@ -335,8 +376,9 @@ def _loop_fwd(
     recorder,
     pullback,
     steps,
+    drift_tolerance,
 ):
-    del recorder, steps
+    del recorder, steps, drift_tolerance
     init_state, _, consts = vjp_arg
     perturbed_state, perturbed_ts, perturbed_consts = perturbed
     differentiated = frozenset(
@@ -375,7 +417,7 @@ def _loop_fwd(
         record,
         differentiated,
     )
-    return final_state, residuals
+    return (final_state, record.num_wanted), residuals
 
 
 class _Carry(NamedTuple):
@@ -397,12 +439,14 @@ class _Carry(NamedTuple):
     grad_y1: PyTree
     grad_solver_state: PyTree
     grad_consts: dict[int, Any]
+    # The largest so far.
+    drift: Array
 
 
 @_loop.def_bwd
 def _loop_bwd(
     residuals,
-    grad_final_state,
+    grad_out,
     perturbed,
     vjp_arg,
     *,
@@ -412,6 +456,7 @@ def _loop_bwd(
     recorder: Recorder,
     pullback,
     steps,
+    drift_tolerance,
 ):
     del perturbed, num_local, stationary
     init_state, ts, consts = vjp_arg
@@ -425,6 +470,7 @@ def _loop_bwd(
         differentiated,
     ) = residuals
     record: Record
+    grad_final_state, _ = grad_out
     del vjp_arg, residuals
     fns = Functions(hoisted, consts, differentiated)
     grad_ys = [
@@ -442,6 +488,13 @@ def _loop_bwd(
 
     def keep(pred, new, old):
         return jtu.tree_map(lambda a, b: where_active(pred, a, b), new, old)
+
+    def select(pred, new, old):
+        return jtu.tree_map(
+            lambda a, b: jnp.where(pred, a, b) if eqx.is_array(b) else b, new, old
+        )
+
+    zero_drift = jnp.zeros((), precision(final_y).dtype)
 
     def cond_fun(carry: _Carry):
         return eqxi.unvmap_any(carry.num_steps > 0)
@@ -467,24 +520,38 @@ def _loop_bwd(
             recorder.read_recorded(record, carry.solver_state, index),
             made_jump,
         )
-        num_slots, restore_slot = recorder.read_slot(
+        num_slots, is_slot, is_undone, read_slot = recorder.read_slot(
             record, carry.num_slots, index, active
         )
+        is_start = index == 0
 
         def restore(y0, solver_state0):
-            y0, solver_state0 = restore_slot(y0, solver_state0)
-            if pullback.restores_start:
-                y0, solver_state0 = jtu.tree_map(
-                    lambda a, b: jnp.where(index == 0, a, b),
-                    (init_state.y, init_state.solver_state),
-                    (y0, solver_state0),
-                )
             # An element that never made a step is already where it started.
-            return keep(
+            rebuilt = keep(
                 num_accepted_steps > 0,
                 (y0, solver_state0),
                 (carry.y1, carry.solver_state),
             )
+
+            def read():
+                stored = read_slot(rebuilt)
+                drift = zero_drift
+                if drift_tolerance is not None:
+                    y_stored, _ = stored
+                    y_stored = select(is_start, init_state.y, y_stored)
+                    drift = distance(rebuilt[0], y_stored, carry.y1)
+                    drift = jnp.where(active & is_undone, drift, 0)
+                if pullback.restores_start:
+                    initial = (init_state.y, init_state.solver_state)
+                    stored = select(is_start, initial, stored)
+                return stored, drift
+
+            (y0, solver_state0), drift = lax.cond(
+                eqxi.unvmap_any((is_slot | is_start) & (num_accepted_steps > 0)),
+                read,
+                lambda: (rebuilt, zero_drift),
+            )
+            return y0, solver_state0, drift
 
         rebuilt = pullback.rebuild(fns, carry.pullback, step, restore, want_dense_info)
 
@@ -543,6 +610,7 @@ def _loop_bwd(
             grad_y1=keep(active, grad_y0, carry.grad_y1),
             grad_solver_state=keep(active, grad_solver_state0, carry.grad_solver_state),
             grad_consts=grad_consts,
+            drift=jnp.maximum(carry.drift, rebuilt.drift),
         )
 
     t1 = recorder.last_time(record, num_accepted_steps)
@@ -563,10 +631,14 @@ def _loop_bwd(
             eqx.filter(final_solver_state, eqx.is_inexact_array),
         ),
         grad_consts={i: jnp.zeros_like(consts[i]) for i in sorted(differentiated)},
+        drift=zero_drift,
     )
     carry = lax.while_loop(cond_fun, body_fun, init_carry)
     grads = (carry.grad_y1, carry.grad_solver_state, carry.grad_consts)
-    grad_y0, grad_solver_state0, grad_consts = recorder.check(record, grads)
+    grads = recorder.check(record, grads)
+    if drift_tolerance is not None:
+        grads = _check_drift(grads, carry.drift, drift_tolerance)
+    grad_y0, grad_solver_state0, grad_consts = grads
 
     grad_init_state = jtu.tree_map(
         lambda _: None, eqx.filter(init_state, eqx.is_inexact_array)
@@ -594,6 +666,53 @@ def _loop_bwd(
 
 def _is_none(x):
     return x is None
+
+
+def _is_integer(x):
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def distance(rebuilt, stored, y1):
+    """Relative difference of two values of `y` at the start of a step; infinite if
+    either is not finite."""
+    scale = jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), *_inexact(stored, y1))
+    # A leaf that is zero, to rounding, is as large as rounding makes it.
+    least = math.sqrt(float(precision(stored).eps)) * rms(scale)
+    out = jnp.zeros((), least.dtype)
+    for a, b, s in zip(*map(jtu.tree_leaves, (*_inexact(rebuilt, stored), scale))):
+        size = jnp.maximum(rms(s).astype(out.dtype), least)
+        difference = rms(a - b).astype(out.dtype)
+        ratio = difference / jnp.where(size > 0, size, 1)
+        out = jnp.maximum(out, jnp.where(jnp.isfinite(ratio), ratio, jnp.inf))
+    return out
+
+
+def _inexact(*trees):
+    return [eqx.filter(x, eqx.is_inexact_array) for x in trees]
+
+
+def _check_drift(grads, drift, tolerance):
+    if tolerance == "auto":
+        # Single precision cannot do better, and double need not be worse.
+        tolerance = 1e-3 if drift.dtype.itemsize <= 4 else 1e-5
+    remedies = (
+        "The gradient would be wrong (which says nothing of the solution). Use "
+        "`ReversibleAdjoint(checkpoint_every=...)`, with enough `checkpoints`, for "
+        "shorter ways back; or double precision; or "
+        '`UReversible(..., coupling_parameter="auto")` if that is not what you use; or '
+        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+    )
+    messages = [
+        "The backward pass did not arrive at the state from which the forward pass had "
+        f"come: they differ by more than `ReversibleAdjoint(drift_tolerance=...)`, "
+        f"here {tolerance} relative to the size of the state. Rounding errors have "
+        f"grown too much on the way. {remedies}",
+        "The backward pass arrived at values that are not finite. Either the solution "
+        "itself is not finite, or rounding errors have grown beyond all bounds on the "
+        f"way back. In the second case: {remedies}",
+    ]
+    kind = eqxi.unvmap_max(jnp.where(jnp.isinf(drift), 1, 0))
+    return eqxi.branched_error_if(grads, ~(drift <= tolerance), kind, messages)
 
 
 def _accumulate(grad_consts: dict[int, Any], new: dict[int, Any]) -> None:

@@ -1,10 +1,13 @@
 import abc
+import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -13,6 +16,12 @@ from ._solver.base import AbstractReversibleSolver
 
 
 _SolverState = TypeVar("_SolverState")
+
+
+def stop_gradient(tree: PyTree) -> PyTree:
+    return jtu.tree_map(
+        lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, tree
+    )
 
 
 class StepInfo(NamedTuple):
@@ -41,6 +50,36 @@ class Registers(NamedTuple):
     # What `recorded` selects of the solver state. Not to be given by `split`; `merge`
     # finds it here.
     fixed: PyTree = None
+    # What the solver keeps only to choose how it makes its coming steps. It is neither
+    # undone nor recorded: on the way back it stays as it was at the end of the solve.
+    memo: PyTree = None
+
+
+def _times(scale: Any, x: Any):
+    """`scale * x`, of the dtype of `x`."""
+    if eqx.is_array(scale):
+        scale = scale.astype(jnp.finfo(x.dtype).dtype)
+    return scale * x
+
+
+@jax.custom_jvp
+def scaled(scale: Any, gradient_scale: Any, x: Any):
+    """`scale * x`, with `gradient_scale` for its derivative by `x`."""
+    del gradient_scale
+    return _times(scale, x)
+
+
+@scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    scale, gradient_scale, x = primals
+    _, _, t_x = tangents
+    return scaled(scale, gradient_scale, x), _times(gradient_scale, t_x)
+
+
+def _over(scale: Any, x: Any):
+    if eqx.is_array(scale):
+        scale = scale.astype(jnp.finfo(x.dtype).dtype)
+    return x / scale
 
 
 def _is_one(scale: RealScalarLike) -> bool:
@@ -65,6 +104,8 @@ class Coupling(eqx.Module):
     ] = eqx.field(static=True)
     # A number or a function. (Checked below, with a message better than a checker's.)
     scale: Any = eqx.field(static=True, default=1.0)
+    # A function, or `None`.
+    gradient_scale: Any = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         if callable(self.scale):
@@ -82,10 +123,16 @@ class Coupling(eqx.Module):
     def scale_at(self, fixed: PyTree) -> Any:
         return self.scale(fixed) if callable(self.scale) else self.scale
 
-    def apply(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
+    def apply(
+        self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree, fixed
+    ):
         """Updates `registers`, in place."""
-        self.pull_scale(registers, scale)
         i = self.register
+        if self.gradient_scale is not None:
+            times = ft.partial(scaled, scale, self.gradient_scale(fixed))
+            registers[i] = jtu.tree_map(times, registers[i])
+        elif not _is_one(scale):
+            registers[i] = jtu.tree_map(lambda x: _times(scale, x), registers[i])
         registers[i] = jtu.tree_map(lambda x, s: x + s, registers[i], shift)
 
     def undo(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
@@ -93,13 +140,15 @@ class Coupling(eqx.Module):
         i = self.register
         registers[i] = jtu.tree_map(lambda x, s: x - s, registers[i], shift)
         if not _is_one(scale):
-            registers[i] = jtu.tree_map(lambda x: x / scale, registers[i])
+            registers[i] = jtu.tree_map(lambda x: _over(scale, x), registers[i])
 
-    def pull_scale(self, grads: list[PyTree], scale: RealScalarLike):
+    def pull_scale(self, grads: list[PyTree], scale: RealScalarLike, fixed):
         """The part of the pullback that does not go through `shift`."""
+        if self.gradient_scale is not None:
+            scale = self.gradient_scale(fixed)
         if not _is_one(scale):
             i = self.register
-            grads[i] = jtu.tree_map(lambda g: scale * g, grads[i])
+            grads[i] = jtu.tree_map(lambda g: _times(scale, g), grads[i])
 
     def others(self, registers) -> tuple[PyTree, ...]:
         # `None` in its own place, so that a coupling that reads what it updates, and so
@@ -118,7 +167,11 @@ Coupling.__init__.__doc__ = """**Arguments:**
     [`diffrax_reversible.AbstractCouplingSolver.finish`][] shall have from this
     coupling. Usually a bound method of the solver.
 - `scale`: The factor `alpha`; must not be zero. Either a number, or a function that
-    takes `StepInfo.fixed` and returns a scalar.
+    takes `StepInfo.fixed` and returns a scalar. (Such a function may return zero in a
+    step for which `needs_checkpoint` or `wants_checkpoint` is true.)
+- `gradient_scale`: A function like `scale`, with a value to be used in its place when
+    differentiating with respect to the register; by default there is none. For solvers
+    that count a part of their state among the constants.
 """
 
 
@@ -188,6 +241,11 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
     # Whether the solver has `evaluate`.
     has_evaluate: ClassVar[bool] = False
 
+    @property
+    def resets(self) -> bool:
+        """Whether the solver has `reset`."""
+        return False
+
     @abc.abstractmethod
     def split(self, y: PyTree, solver_state: Any) -> Registers:
         """Arranges `y` and the solver state for couplings. Must do nothing else: it is
@@ -233,9 +291,44 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
     def next_fixed(self, fixed: PyTree, t0: RealScalarLike, t1: RealScalarLike):
         """What `recorded` selects, at the end of a step, given what it is at the start.
         By default it does not change. It is a constant for differentiation, and must
-        not depend on anything differentiated."""
+        not depend on anything differentiated. (What shall depend on the solution can be
+        put into it in `steer`.)"""
         del t0, t1
         return fixed
+
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
+        """`Registers.fixed` and `Registers.memo` at the end of a step, that is for the
+        next one. By default they are not changed.
+
+        What this chooses is a constant for the purpose of differentiation, whatever it
+        depends on, as is the size of a step: no gradient passes through the arguments,
+        other than `fixed`.
+
+        **Arguments:**
+
+        - `fixed`: The result of `next_fixed`.
+        - `memo`: `Registers.memo` at the start of the step.
+        - `registers0`, `registers1`, `infos`: As for `finish`.
+        - `y_error`: The local error estimate that `finish` returned.
+        """
+        del registers0, registers1, y_error, infos
+        return fixed, memo
+
+    def reset(
+        self, registers: Registers, made_jump: BoolScalarLike
+    ) -> tuple[Registers, BoolScalarLike]:
+        """Called at the start of a step of a solver with `resets`. Returns the
+        registers from which the step is made, and whether `evaluate` has to be called
+        on them anew. Steps in which this changes anything must have a checkpoint."""
+        return registers, made_jump
 
     def evaluate(
         self,
@@ -308,7 +401,10 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, diffrax.RESULTS]:
-        registers0, value, fixed = self.arrange(y0, solver_state)
+        start = self.arrange(y0, solver_state)
+        if self.resets:
+            start, made_jump = self.reset(start, made_jump)
+        registers0, value, fixed, memo = start
         info = StepInfo(terms, t0, t1, args, self.control(terms, t0, t1, fixed), fixed)
         if self.has_evaluate and made_jump is not False:
             value = lax.cond(
@@ -327,12 +423,16 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
                 info._replace(value=value if at_end else None),
                 coupling.others(registers),
             )
-            coupling.apply(registers, coupling.scale_at(fixed), shift)
+            coupling.apply(registers, coupling.scale_at(fixed), shift, fixed)
             infos.append(info_k)
         registers1 = self._permute(registers)
-        y_error, dense_info = self.finish(registers0, registers1, tuple(infos))
-        fixed1 = self.next_fixed(fixed, t0, t1)
-        y1, solver_state1 = self.merge(Registers(registers1, value, fixed1))
+        infos = tuple(infos)
+        y_error, dense_info = self.finish(registers0, registers1, infos)
+        fixed1, memo1 = self.steer(
+            self.next_fixed(fixed, t0, t1),
+            *stop_gradient((memo, registers0, registers1, y_error, infos)),
+        )
+        y1, solver_state1 = self.merge(Registers(registers1, value, fixed1, memo1))
         return y1, y_error, dense_info, solver_state1, diffrax.RESULTS.successful
 
     def backward_step(
@@ -348,7 +448,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         # A step that starts with a jump cannot be undone if `evaluate_after_jump`
         # depends on what is rebuilt here; such a solver asks for a checkpoint.
         del made_jump
-        registers1, value, fixed = self.arrange(y1, solver_state)
+        registers1, value, fixed, memo = self.arrange(y1, solver_state)
         info = StepInfo(terms, t0, t1, args, self.control(terms, t0, t1, fixed), fixed)
         registers = self._unpermute(registers1)
         couplings = self.checked_couplings()
@@ -365,5 +465,5 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
             infos.append(info_k)
         registers0 = tuple(registers)
         _, dense_info = self.finish(registers0, registers1, tuple(reversed(infos)))
-        y0, solver_state0 = self.merge(Registers(registers0, value, fixed))
+        y0, solver_state0 = self.merge(Registers(registers0, value, fixed, memo))
         return y0, dense_info, solver_state0

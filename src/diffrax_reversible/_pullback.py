@@ -61,6 +61,8 @@ class Step(NamedTuple):
 class Rebuilt(NamedTuple):
     y0: PyTree
     solver_state: PyTree
+    # As returned by `restore`.
+    drift: Array
     # `None` unless it was asked for.
     dense_info: PyTree
     # (grad_y1, grad_solver_state1, grad_dense_info or None)
@@ -96,7 +98,8 @@ class AbstractPullback(abc.ABC):
         want_dense_info: bool,
     ) -> Rebuilt:
         """Undoes a step. `restore(y0, solver_state)` returns what was stored in a
-        checkpoint at the start of this step, if there is one, and else its inputs."""
+        checkpoint at the start of this step, if there is one, and else its inputs; and
+        a number, how far they are from each other."""
 
 
 def _same_struct(x: PyTree, y: PyTree) -> bool:
@@ -152,7 +155,7 @@ class GenericPullback(AbstractPullback):
 
     def rebuild(self, fns, carry, step, restore, want_dense_info):
         args = (step.t0, step.t1, step.made_jump)
-        y0, solver_state0 = restore(
+        y0, solver_state0, drift = restore(
             *fns.call("backward_step", *args, step.y1, step.solver_state)
         )
         (_, _, dense_info), pull_step = fns.vjp("step", args, (y0, solver_state0))
@@ -163,7 +166,7 @@ class GenericPullback(AbstractPullback):
             )
             return grad_consts, grad_y0, grad_solver_state0, carry
 
-        return Rebuilt(y0, solver_state0, dense_info, pull)
+        return Rebuilt(y0, solver_state0, drift, dense_info, pull)
 
 
 class CouplingPullback(AbstractPullback):
@@ -178,7 +181,7 @@ class CouplingPullback(AbstractPullback):
 
     def add_functions(self, hoister, terms, args, step):
         solver = self.solver
-        registers1, value, fixed = solver.arrange(step.y1, step.solver_state)
+        registers1, value, fixed, _ = solver.arrange(step.y1, step.solver_state)
         registers = solver._unpermute(registers1)
         t0, t1 = step.t0, step.t1
         control = hoister.add(
@@ -246,7 +249,7 @@ class CouplingPullback(AbstractPullback):
 
     def rebuild(self, fns, carry, step, restore, want_dense_info):
         solver = self.solver
-        registers1, value1, fixed = solver.arrange(step.y1, step.solver_state)
+        registers1, value1, fixed, memo = solver.arrange(step.y1, step.solver_state)
         control, pull_control = fns.vjp("control", (step.t0, step.t1, fixed), ())
         control_varies = fns.depends("control")
 
@@ -285,7 +288,9 @@ class CouplingPullback(AbstractPullback):
             next_carry, pull_value1 = residuals0, with_residuals(carry)
         else:
             next_carry, pull_value1 = carry, None
-        y0, solver_state0 = restore(*solver.merge(Registers(registers0, value0, fixed)))
+        y0, solver_state0, drift = restore(
+            *solver.merge(Registers(registers0, value0, fixed, memo))
+        )
         registers0 = solver.split(y0, solver_state0).registers
 
         if want_dense_info:
@@ -296,7 +301,7 @@ class CouplingPullback(AbstractPullback):
             dense_info = pull_finish = None
 
         def pull(grad_y1, grad_solver_state1, grad_dense_info):
-            grad_registers1, grad_value1, grad_fixed = solver.arrange(
+            grad_registers1, grad_value1, grad_fixed, grad_memo = solver.arrange(
                 grad_y1, grad_solver_state1
             )
             grad_consts: dict[int, Any] = {}
@@ -333,7 +338,7 @@ class CouplingPullback(AbstractPullback):
                     )
                     new, _ = pull_scales[k](*pull_product(grads[i]))
                     add_consts(new)
-                coupling.pull_scale(grads, scales[k])
+                coupling.pull_scale(grads, scales[k], fixed)
                 for j, g in enumerate(grad_others):
                     grads[j] = tree_add(grads[j], g)
                 if self._has_value(k):
@@ -353,17 +358,17 @@ class CouplingPullback(AbstractPullback):
             if grad_finish0 is not None:
                 grads = [tree_add(g, h) for g, h in zip(grads, grad_finish0)]
             grad_y0, grad_solver_state0 = solver.merge(
-                Registers(tuple(grads), grad_value0, grad_fixed)
+                Registers(tuple(grads), grad_value0, grad_fixed, grad_memo)
             )
             return grad_consts, grad_y0, grad_solver_state0, next_carry
 
-        return Rebuilt(y0, solver_state0, dense_info, pull)
+        return Rebuilt(y0, solver_state0, drift, dense_info, pull)
 
 
 def make_pullback(solver: AbstractReversibleSolver, made_jump: Any) -> AbstractPullback:
     if isinstance(solver, AbstractCouplingSolver) and not (
-        # After a jump the value at hand is not that from the step before.
-        solver.has_evaluate and made_jump is not False
+        # After a jump, or a reset, the value at hand is not that from the step before.
+        solver.has_evaluate and (solver.resets or made_jump is not False)
     ):
         return CouplingPullback(solver)
     return GenericPullback(solver)

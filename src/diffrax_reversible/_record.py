@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._coupling import AbstractCouplingSolver
+from ._coupling import AbstractCouplingSolver, stop_gradient
 from ._solver.base import AbstractReversibleSolver
 
 
@@ -32,9 +32,10 @@ class Record(NamedTuple):
     jumps: Any
     # What the solver wants recorded: a list of the leaves of `solver.recorded`.
     recorded: list[Any]
-    # Slots for the starts of steps that cannot be undone: the index of the step, and
-    # `(y, solver_state)`.
+    # Slots for the starts of steps: the index of the step, whether it can be undone
+    # too, and `(y, solver_state)`.
     slot_index: Any
+    slot_is_undone: Any
     slots: PyTree
     # How many slots were asked for.
     num_wanted: Any
@@ -52,6 +53,7 @@ class Recorder:
         has_slots: bool,
         max_steps: int,
         num_slots: int,
+        checkpoint_every: int | None,
     ):
         self._solver = solver
         # `False` if that is known in advance of every step; otherwise an example.
@@ -60,6 +62,7 @@ class Recorder:
         self._has_slots = has_slots
         self._max_steps = max_steps
         self._num_slots = num_slots
+        self._checkpoint_every = checkpoint_every
 
     def _recorded_leaves(self, solver_state: PyTree) -> list[Array]:
         return [
@@ -90,10 +93,13 @@ class Recorder:
             slot_index=jnp.zeros(self._num_slots, jnp.int32)
             if self._has_slots
             else None,
+            slot_is_undone=jnp.zeros(self._num_slots, bool)
+            if self._has_slots
+            else None,
             slots=jtu.tree_map(lambda x: make(self._num_slots, x), stored)
             if self._has_slots
             else None,
-            num_wanted=jnp.array(0) if self._has_slots else None,
+            num_wanted=jnp.array(0),
             t_last=tprev,
             is_consistent=jnp.array(True),
         )
@@ -104,6 +110,7 @@ class Recorder:
             record.jumps,
             record.recorded,
             record.slot_index,
+            record.slot_is_undone,
             record.slots,
         ]
 
@@ -139,29 +146,39 @@ class Recorder:
             jumps = None
 
         if self._has_slots:
-            needs = accepted & self._solver.needs_checkpoint(
-                state.solver_state, new_state.solver_state, state.made_jump
-            )
+            states = (state.solver_state, new_state.solver_state, state.made_jump)
+            needs = self._solver.needs_checkpoint(*states)
+            wants = needs | self._solver.wants_checkpoint(*states)
+            if self._checkpoint_every is not None:
+                wants = wants | ((index > 0) & (index % self._checkpoint_every == 0))
+            wants = accepted & wants
             slot = record.num_wanted
-            store = needs & (slot < self._num_slots)
+            store = wants & (slot < self._num_slots)
             stored = eqx.filter((state.y, state.solver_state), eqx.is_array)
-            if self._num_slots == 0:
-                slot_index, slots = record.slot_index, record.slots
-            else:
-                slot_index = put(record.slot_index, slot, index, store)
+            slot_index, slot_is_undone, slots = (
+                record.slot_index,
+                record.slot_is_undone,
+                record.slots,
+            )
+            if self._num_slots > 0:
+                slot_index = put(slot_index, slot, index, store)
+                is_undone = ~jnp.asarray(needs)
+                slot_is_undone = put(slot_is_undone, slot, is_undone, store)
                 # In the loop buffers are nodes, not leaves.
                 slots = jtu.tree_map(
-                    lambda x, buffer: put(buffer, slot, x, store), stored, record.slots
+                    lambda x, buffer: put(buffer, slot, x, store), stored, slots
                 )
-            num_wanted = slot + jnp.where(needs, 1, 0)
+            num_wanted = slot + jnp.where(wants, 1, 0)
         else:
-            slot_index = slots = num_wanted = None
+            slot_index = slot_is_undone = slots = None
+            num_wanted = record.num_wanted
 
         return Record(
             times=times,
             jumps=jumps,
             recorded=recorded,
             slot_index=slot_index,
+            slot_is_undone=slot_is_undone,
             slots=slots,
             num_wanted=num_wanted,
             t_last=jnp.where(accepted, state.tnext, record.t_last),
@@ -199,48 +216,49 @@ class Recorder:
         where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
         return eqx.tree_at(where, solver_state, [x[index] for x in record.recorded])
 
-    def stop_recorded(self, solver_state: PyTree) -> PyTree:
-        """With couplings, what is recorded is a constant."""
+    def stop_recorded(self, y: PyTree, solver_state: PyTree) -> PyTree:
+        """With couplings, what is recorded is a constant, as is the memo."""
         if not isinstance(self._solver, AbstractCouplingSolver):
             return solver_state
-        leaves = jtu.tree_leaves(self._solver.recorded(solver_state))
+
+        def where(state):
+            memo = self._solver.split(y, state).memo
+            return jtu.tree_leaves((self._solver.recorded(state), memo))
+
+        leaves = where(solver_state)
         if len(leaves) == 0:
             return solver_state
-        where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
-        return eqx.tree_at(where, solver_state, [lax.stop_gradient(x) for x in leaves])
+        return eqx.tree_at(where, solver_state, stop_gradient(leaves))
 
     def num_slots(self, record: Record) -> Array:
-        if record.num_wanted is None:
-            return jnp.array(0)
         return jnp.minimum(record.num_wanted, self._num_slots)
 
     def read_slot(self, record: Record, num_slots: Array, index: Array, active: Array):
-        """How many stored steps are still to come after this one, and a function that
-        replaces `(y, solver_state)` by what was stored at the start of this one."""
+        """How many stored steps are still to come after this one, whether this is one
+        of them, whether it should have been undone, and a function that returns `(y,
+        solver_state)` as stored at its start (or if not, its arguments)."""
         if not self._has_slots or self._num_slots == 0:
-            return num_slots, lambda y, solver_state: (y, solver_state)
+            no, yes = jnp.array(False), jnp.array(True)
+            return num_slots, no, yes, lambda state: state
         assert record.slot_index is not None
         slot = jnp.maximum(num_slots - 1, 0)
         # An element of a batch that makes its first step over again must restore again,
         # so this does not look at `active`, nor whether `num_slots` is zero. (A slot
         # that has been passed cannot match again: all indices to come are smaller.)
         is_here = (record.num_wanted > 0) & (record.slot_index[slot] == index)
+        is_undone = ~is_here | record.slot_is_undone[slot]
 
-        def restore(y, solver_state):
-            rebuilt, static = eqx.partition((y, solver_state), eqx.is_array)
-
-            def read():
-                return jtu.tree_map(
-                    lambda buffer, x: jnp.where(is_here, buffer[slot], x),
-                    record.slots,
-                    rebuilt,
-                )
-
-            stored = lax.cond(eqxi.unvmap_any(is_here), read, lambda: rebuilt)
+        def read(state):
+            rebuilt, static = eqx.partition(state, eqx.is_array)
+            stored = jtu.tree_map(
+                lambda buffer, x: jnp.where(is_here, buffer[slot], x),
+                record.slots,
+                rebuilt,
+            )
             return eqx.combine(stored, static)
 
         passed = active & is_here & (num_slots > 0)
-        return num_slots - jnp.where(passed, 1, 0), restore
+        return num_slots - jnp.where(passed, 1, 0), is_here, is_undone, read
 
     def check(self, record: Record, grads: PyTree) -> PyTree:
         """Raises an error if something went wrong on the way forward that spoils the
@@ -253,14 +271,14 @@ class Recorder:
             "cannot record such steps. Use `adjoint=diffrax.RecursiveCheckpointAdjoint"
             "()`.",
         )
-        if record.num_wanted is None:
+        if not self._has_slots:
             return grads
         too_few = record.num_wanted > self._num_slots
         log2 = sum(
             jnp.where(record.num_wanted > 2**k, 1, 0) for k in range(_MAX_LOG2_SLOTS)
         )
         messages = [
-            "The solve had more steps that cannot be undone than "
+            "The backward pass needs more checkpoints than "
             f"`ReversibleAdjoint(checkpoints={self._num_slots})` has slots for. The "
             "solution is right, but its gradient is not available. Use "
             f"`ReversibleAdjoint(checkpoints={2**k})`."
@@ -276,6 +294,7 @@ def make_recorder(
     args,
     max_steps: int,
     num_slots: int,
+    checkpoint_every: int | None,
 ) -> Recorder:
     # The host keeps `made_jump` a Python `False` if the controller never reports a
     # jump, so we find that out as it does.
@@ -291,18 +310,13 @@ def make_recorder(
         init_state.controller_state,
     )
     if made_jump is False and init_state.made_jump is False:
-        has_slots = (
-            solver.needs_checkpoint(
-                init_state.solver_state, init_state.solver_state, False
-            )
-            is not False
-        )
-        return Recorder(solver, False, has_slots, max_steps, num_slots)
-    made_jump = jnp.asarray(init_state.made_jump)
+        example = False
+    else:
+        example = jnp.asarray(init_state.made_jump)
+    states = (init_state.solver_state, init_state.solver_state, example)
     has_slots = (
-        solver.needs_checkpoint(
-            init_state.solver_state, init_state.solver_state, made_jump
-        )
-        is not False
+        checkpoint_every is not None
+        or solver.needs_checkpoint(*states) is not False
+        or solver.wants_checkpoint(*states) is not False
     )
-    return Recorder(solver, made_jump, has_slots, max_steps, num_slots)
+    return Recorder(solver, example, has_slots, max_steps, num_slots, checkpoint_every)

@@ -103,3 +103,26 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         """
         del solver_state, new_solver_state, made_jump
         return False
+
+    def wants_checkpoint(
+        self,
+        solver_state: _SolverState,
+        new_solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> BoolScalarLike:
+        """Whether `y` at the start of an accepted step should be stored although
+        `backward_step` can rebuild it: for example because rounding errors would have
+        grown by too much between the end of the solve and there.
+
+        As for [`diffrax_reversible.AbstractReversibleSolver.needs_checkpoint`][]; in
+        addition [`diffrax_reversible.ReversibleAdjoint`][] compares what was rebuilt
+        with what was stored.
+
+        **Arguments:** As for `needs_checkpoint`.
+
+        **Returns:**
+
+        A boolean. By default the Python value `False`.
+        """
+        del solver_state, new_solver_state, made_jump
+        return False

@@ -1,14 +1,24 @@
 from collections.abc import Callable
-from typing import Any, ClassVar, final, TypeAlias
+from typing import Any, ClassVar, final, NamedTuple, TypeAlias
 
 import diffrax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
 
-from .._compat import Args, RealScalarLike, VF, Y
+from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
+from .._controlled import precision, rms
 from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 
-_SolverState: TypeAlias = tuple[RealScalarLike, PyTree]
+# `(t_prev, y_prev)`, and with `full_sync` whether to do so next, and a `_Memo`.
+_SolverState: TypeAlias = tuple[Any, ...]
+
+
+class _Memo(NamedTuple):
+    q: PyTree
+    # Steps since the last start.
+    age: Array
 
 
 @final
@@ -31,7 +41,10 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
     !!! warning
 
         The method has a parasitic solution that grows like $e^{-at}$ along a component
-        that behaves like $e^{at}$: it is unstable on every component that decays.
+        that behaves like $e^{at}$, and changes its sign from step to step: it is
+        unstable on every component that decays. On `y' = -5 y` over a time of 10, with
+        a thousand steps, the error is 1e+18. The cure is
+        `LeapfrogMidpoint(full_sync=True)`, or [`diffrax_reversible.UReversible`][].
 
     ??? cite "Reference"
 
@@ -54,6 +67,7 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
     )
     # What was advanced is `y`, and what was `y` is now the previous value.
     permutation: ClassVar[tuple[int, ...]] = (1, 0)
+    full_sync: bool = False
 
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
         return 2
@@ -67,6 +81,9 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         args: Args,
     ) -> _SolverState:
         del terms, t1, args
+        if self.full_sync:
+            zeros = jtu.tree_map(jnp.zeros_like, y0)
+            return t0, y0, jnp.array(False), _Memo(zeros, jnp.array(0))
         return t0, y0
 
     def func(
@@ -79,30 +96,89 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         return terms.vf(t0, y0, args)
 
     def split(self, y: PyTree, solver_state: Any) -> Registers:
+        if self.full_sync:
+            _, y_prev, _, memo = solver_state
+            return Registers((y_prev, y), memo=memo)
         _, y_prev = solver_state
         return Registers((y_prev, y))
 
     def merge(self, registers: Registers) -> tuple[PyTree, Any]:
-        (y_prev, y), _, t_prev = registers
-        return y, (t_prev, y_prev)
+        (y_prev, y), _, fixed, memo = registers
+        if self.full_sync:
+            t_prev, sync = fixed
+            return y, (t_prev, y_prev, sync, memo)
+        return y, (fixed, y_prev)
 
     def recorded(self, solver_state: Any) -> Any:
+        if self.full_sync:
+            t_prev, _, sync, _ = solver_state
+            return t_prev, sync
         t_prev, _ = solver_state
         return t_prev
 
+    def wants_checkpoint(
+        self,
+        solver_state: _SolverState,
+        new_solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> BoolScalarLike:
+        del new_solver_state, made_jump
+        if self.full_sync:
+            _, _, sync, _ = solver_state
+            return sync
+        return False
+
     def control(self, terms, t0, t1, fixed):
-        t_prev = fixed
-        return terms.contr(t_prev, t1)
+        if self.full_sync:
+            t_prev, sync = fixed
+            return terms.contr(jnp.where(sync, t0, t_prev), t1)
+        return terms.contr(fixed, t1)
 
     def next_fixed(self, fixed, t0, t1):
+        if self.full_sync:
+            _, sync = fixed
+            return t0, sync
         return t0
 
+    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+        if not self.full_sync:
+            return fixed, memo
+        t_prev, _ = fixed
+        _, y0 = registers0
+        _, y1 = registers1
+        *_, info = infos
+        # How far the step is from one of Euler's: half of `h**2 y''`, and twice the
+        # parasitic solution, of alternating sign.
+        q = jtu.tree_map(lambda y1, y0, k: y1 - y0 - 0.5 * k, y1, y0, info["k"])
+        smooth = rms(jtu.tree_map(lambda a, b: a + b, q, memo.q))
+        alternating = rms(jtu.tree_map(lambda a, b: a - b, q, memo.q))
+        eps = float(precision(y1).eps)
+        # After a start the two are equal. (And unknown in the first two steps.)
+        sync = ~(alternating <= 4 * smooth + 16 * eps * rms(y1)) & (memo.age >= 2)
+        age = jnp.where(sync, 0, memo.age + 1)
+        return (t_prev, sync), _Memo(q, age)
+
     def couplings(self) -> tuple[Coupling, ...]:
+        if self.full_sync:
+            return (
+                Coupling(0, self._forget, scale=self._keep),
+                Coupling(0, self._leap),
+            )
         return (Coupling(0, self._leap),)
+
+    def _keep(self, fixed):
+        _, sync = fixed
+        return jnp.where(sync, jnp.float32(0), jnp.float32(1))
+
+    def _forget(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        _, y = registers
+        _, sync = step.fixed
+        return jtu.tree_map(lambda x: jnp.where(sync, x, jnp.zeros_like(x)), y), {}
 
     def _leap(self, step: StepInfo, registers: tuple[PyTree, ...]):
         _, y = registers
-        return step.terms.vf_prod(step.t0, y, step.args, step.control), {}  # pyright: ignore[reportAttributeAccessIssue]
+        k = step.terms.vf_prod(step.t0, y, step.args, step.control)  # pyright: ignore[reportAttributeAccessIssue]
+        return k, dict(k=k) if self.full_sync else {}
 
     def finish(self, registers0, registers1, infos):
         _, y0 = registers0
@@ -110,4 +186,10 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         return None, dict(y0=y0, y1=y1)
 
 
-LeapfrogMidpoint.__init__.__doc__ = """**Arguments:** None"""
+LeapfrogMidpoint.__init__.__doc__ = """**Arguments:**
+
+- `full_sync`: If true then the method is started anew, with an Euler step, when the
+    parasitic solution has become four times the second difference of the true one. That
+    keeps it stable. But such a step is no longer that of [`diffrax.LeapfrogMidpoint`][],
+    and takes a slot from `ReversibleAdjoint(checkpoints=...)`.
+"""

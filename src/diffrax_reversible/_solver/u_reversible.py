@@ -1,13 +1,20 @@
 import math
 from collections.abc import Callable
-from typing import Any, cast, final, TypeAlias
+from typing import Any, cast, final, Literal, TypeAlias
 
 import diffrax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, is_sde, RealScalarLike, VF, Y
-from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .. import _controlled as controlled
+from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
+from .._coupling import (
+    AbstractCouplingSolver,
+    Coupling,
+    Registers,
+    scaled,
+    StepInfo,
+)
 from .._explicit_rk import explicit_rk_increment, uses_last_stage
 from .base import AbstractReversibleSolver
 
@@ -66,10 +73,12 @@ class UReversible(
     """
 
     solver: diffrax.AbstractERK
-    coupling_parameter: float = 0.999
+    coupling_parameter: float | Literal["auto"] = "auto"
 
     def __init__(
-        self, solver: diffrax.AbstractSolver, coupling_parameter: float | int = 0.999
+        self,
+        solver: diffrax.AbstractSolver,
+        coupling_parameter: float | int | Literal["auto"] = "auto",
     ):
         _check_base(solver)
         self.solver = solver  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,6 +118,10 @@ class UReversible(
     def error_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike | None:
         return self.solver.error_order(terms)
 
+    @property
+    def _controlled(self) -> bool:
+        return self.coupling_parameter == "auto"
+
     def init(
         self,
         terms: diffrax.AbstractTerm,
@@ -126,6 +139,9 @@ class UReversible(
                 f"as `{type(self.solver).__name__}` is not marked as converging to the "
                 "Stratonovich solution. Use for example `UReversible(diffrax.Heun())`."
             )
+        if self._controlled:
+            code, account = controlled.init(y0)
+            return y0, code, account
         return y0
 
     def func(
@@ -138,17 +154,63 @@ class UReversible(
         return self.solver.func(terms, t0, y0, args)
 
     def split(self, y: PyTree, solver_state: Any) -> Registers:
+        if self._controlled:
+            z, _, account = solver_state
+            return Registers((y, z), memo=account)
         return Registers((y, solver_state))
 
     def merge(self, registers: Registers) -> tuple[PyTree, Any]:
         y, z = registers.registers
+        if self._controlled:
+            return y, (z, registers.fixed, registers.memo)
         return y, z
 
+    def recorded(self, solver_state: Any) -> Any:
+        if self._controlled:
+            _, code, _ = solver_state
+            return code
+        return ()
+
+    def wants_checkpoint(
+        self,
+        solver_state: _SolverState,
+        new_solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> BoolScalarLike:
+        del solver_state, made_jump
+        if self._controlled:
+            _, _, account = new_solver_state
+            return account.wants_checkpoint
+        return False
+
     def couplings(self) -> tuple[Coupling, ...]:
+        if self._controlled:
+            return (
+                Coupling(
+                    1,
+                    self._pull_z,
+                    scale=controlled.coupling,
+                    gradient_scale=controlled.gradient_coupling,
+                ),
+                Coupling(0, self._advance_y),
+                Coupling(1, self._advance_z),
+            )
         return (
-            Coupling(0, self._advance_y, scale=self.coupling_parameter),
+            Coupling(0, self._advance_y, scale=cast(float, self.coupling_parameter)),
             Coupling(1, self._advance_z),
         )
+
+    def _pull_z(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        y0, _ = registers
+        m = controlled.coupling(step.fixed)
+        gradient_m = controlled.gradient_coupling(step.fixed)
+
+        def weigh(y):
+            # Each weight and `m` must sum to one in the precision of `y`.
+            dtype = controlled.real_dtype(y)
+            return scaled(1 - m.astype(dtype), 1 - gradient_m.astype(dtype), y)
+
+        return jtu.tree_map(weigh, y0), {}
 
     def _advance_y(self, step: StepInfo, registers: tuple[PyTree, ...]):
         _, z0 = registers
@@ -162,7 +224,7 @@ class UReversible(
             step.control,
             sign=1,
         )
-        weight = 1 - self.coupling_parameter
+        weight = 0 if self._controlled else 1 - cast(float, self.coupling_parameter)
         if weight == 0:
             shift = psi.increment
         else:
@@ -186,7 +248,7 @@ class UReversible(
     def finish(self, registers0, registers1, infos):
         y0, _ = registers0
         y1, _ = registers1
-        info0, info1 = infos
+        *_, info0, info1 = infos
         y_error = info0["error"]
         if not uses_last_stage(self._tableau):
             # The last stage is at `(t1, z0 + Psi)`; `(t1, y1)` is as close to it as `y`
@@ -194,6 +256,26 @@ class UReversible(
             b_error = self._tableau.b_error[-1].item()
             y_error = jtu.tree_map(lambda e, k: e + b_error * k, y_error, info1["k"])
         return y_error, dict(y0=y0, y1=y1, k0=info0["k"], k1=info1["k"])
+
+    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+        if not self._controlled:
+            return fixed, memo
+        y1, z1 = registers1
+        if controlled.has_error_estimate(self._tableau):
+            error = controlled.rms(y_error)
+        else:
+            *_, info0, info1 = infos
+            error = controlled.error_from_slopes(
+                info0["k"], info1["k"], self.solver.order(None)
+            )
+        return controlled.update(
+            controlled.reference_factor(self._tableau),
+            fixed,
+            memo,
+            jtu.tree_map(lambda y, z: y - z, y1, z1),
+            error,
+            y1,
+        )
 
 
 UReversible.__init__.__doc__ = """**Arguments:**
@@ -211,18 +293,20 @@ UReversible.__init__.__doc__ = """**Arguments:**
 """
 
 
-def _check_coupling_parameter(value) -> float:
+def _check_coupling_parameter(value) -> float | Literal["auto"]:
+    if isinstance(value, str) and value == "auto":
+        return "auto"
     try:
         as_float = float(value)
     except (TypeError, ValueError) as e:  # includes traced values
         raise ValueError(
-            "`UReversible(coupling_parameter=...)` must be a number that is known when "
-            f"the solver is made (not a traced array); got {value}."
+            '`UReversible(coupling_parameter=...)` must be "auto", or a number that is '
+            f"known when the solver is made (not a traced array); got {value}."
         ) from e
     if not (math.isfinite(as_float) and 0 < as_float <= 1):
         raise ValueError(
             "`UReversible(coupling_parameter=...)` must be greater than 0 and at most "
-            f"1; got {value}. A common choice is 0.999."
+            f'1, or "auto"; got {value}.'
         )
     return as_float
 

@@ -1,0 +1,251 @@
+import functools as ft
+from typing import Any, cast
+
+import diffrax
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ._adjoint import distance, inner_loop, outer_loop, with_arrays
+from ._compat import host_loop
+from ._controlled import coupling, rms
+from ._coupling import AbstractCouplingSolver
+from ._record import make_recorder
+from ._registry import to_reversible
+from ._solver.u_reversible import UReversible
+
+
+class Diagnosis(eqx.Module):
+    """What [`diffrax_reversible.diagnose`][] returns. All arrays have one entry for
+    each accepted step."""
+
+    # Starts of the steps.
+    ts: Float[np.ndarray, " steps"]
+    # Relative distance of the first two registers: `y` and `z`, or `y` and `yhat`. (NaN
+    # if the solver has no two of them that are alike.)
+    separation: Float[np.ndarray, " steps"]
+    # The number `m`, or the constant coupling parameter. (NaN if there is none.)
+    coupling: Float[np.ndarray, " steps"]
+    # Where the solver asks for a checkpoint.
+    checkpoints: Bool[np.ndarray, " steps"]
+    # Relative distance between `y` and what it is rebuilt as from the end of the solve,
+    # or from the next checkpoint if that is sooner.
+    drift: Float[np.ndarray, " steps"]
+    solution: diffrax.Solution
+
+    @property
+    def num_checkpoints(self) -> int:
+        """How many `checkpoints` to give to [`diffrax_reversible.ReversibleAdjoint`][]
+        at least."""
+        return int(np.sum(self.checkpoints))
+
+    def plot(self, filename: str | None = None) -> Any:
+        """Draws all of it over time. Needs matplotlib.
+
+        **Arguments:**
+
+        - `filename`: Where to save the picture, if anywhere.
+
+        **Returns:**
+
+        The `matplotlib.figure.Figure`.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 6), layout="constrained")
+        axes = cast(Any, figure.subplots(3, 1, sharex=True))
+        for ax, values, label in (
+            (axes[0], self.separation, "separation of y and z"),
+            (axes[1], self.coupling, "coupling"),
+            (axes[2], self.drift, "drift"),
+        ):
+            ax.plot(self.ts, values, lw=1)
+            ax.set_ylabel(label)
+            for t in self.ts[self.checkpoints]:
+                ax.axvline(t, color="tab:orange", lw=0.5, zorder=0)
+        for ax in (axes[0], axes[2]):
+            ax.set_yscale("log")
+        axes[0].set_title(
+            f"{len(self.ts)} steps, {self.num_checkpoints} checkpoints (orange)"
+        )
+        axes[-1].set_xlabel("t")
+        if filename is not None:
+            figure.savefig(filename)
+        return figure
+
+
+def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
+    """Solves a differential equation and then undoes it, keeping a record of everything
+    that matters for the choice of a reversible solver and of the settings of
+    [`diffrax_reversible.ReversibleAdjoint`][].
+
+    Costs about as much time as a gradient does, and the memory of `max_steps` copies of
+    `y` and the solver state. Cannot be used within `jax.jit` or the like.
+
+    **Arguments:** Those of [`diffrax.diffeqsolve`][], with a reversible solver. (An
+    `adjoint` is ignored, and `throw` is false by default.)
+
+    **Returns:**
+
+    A [`diffrax_reversible.Diagnosis`][].
+
+    **Raises:**
+
+    - `ValueError` if the solver is not reversible, or if `max_steps=None`.
+    """
+    kwargs = {"throw": False, **kwargs, "adjoint": _DiagnosticAdjoint()}
+    sol = eqx.filter_jit(diffrax.diffeqsolve)(*args, **kwargs)
+    found = sol.stats.pop("diagnosis")
+    n = int(sol.stats["num_accepted_steps"])
+    out = {name: np.asarray(x)[:n] for name, x in found.items()}
+    if sol.t1 < sol.t0:
+        # The host integrates over reversed time.
+        out["ts"] = -out["ts"]
+    return Diagnosis(**out, solution=sol)
+
+
+class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
+    def loop(
+        self,
+        *,
+        args,
+        terms,
+        solver,
+        stepsize_controller,
+        max_steps,
+        init_state,
+        throw,
+        passed_solver_state,
+        passed_controller_state,
+        **kwargs,
+    ) -> Any:
+        del throw, passed_solver_state, passed_controller_state
+        if max_steps is None:
+            raise ValueError("`diagnose` needs a bound on the number of steps.")
+        solver = to_reversible(solver)
+        init_state = with_arrays(init_state)
+        # A slot for every step.
+        recorder = make_recorder(
+            solver, stepsize_controller, init_state, args, max_steps, max_steps, 1
+        )
+        records = []
+
+        def outer_while_loop(cond_fun, body_fun, init_state, *, max_steps, buffers):
+            init_state = with_arrays(init_state)
+
+            def body(carry):
+                state, record = carry
+                new_state = body_fun(state)
+                return new_state, recorder.append(record, state, new_state)
+
+            final_state, record = outer_loop(
+                lambda carry: cond_fun(carry[0]),
+                body,
+                (init_state, recorder.init(init_state)),
+                max_steps=max_steps,
+                buffers=lambda carry: [*buffers(carry[0]), *recorder.buffers(carry[1])],
+                kind="lax",
+            )
+            records.append((init_state, final_state, record))
+            return final_state
+
+        out, stats = host_loop(
+            args=args,
+            terms=terms,
+            solver=solver,
+            stepsize_controller=stepsize_controller,
+            max_steps=max_steps,
+            init_state=init_state,
+            inner_while_loop=ft.partial(inner_loop, kind="lax"),
+            outer_while_loop=outer_while_loop,
+            **kwargs,
+        )
+        [(init_state, final_state, record)] = records
+        found = _walk_back(
+            recorder, record, solver, terms, args, init_state, final_state, max_steps
+        )
+        return out, {**stats, "diagnosis": found}
+
+
+def _walk_back(
+    recorder, record, solver, terms, args, init_state, final_state, max_steps
+):
+    initial = (init_state.y, init_state.solver_state)
+
+    def stored(index):
+        # The first slot is that of the second step.
+        slots = jtu.tree_map(lambda x: x[jnp.maximum(index - 1, 0)], record.slots)
+        arrays, static = eqx.partition(initial, eqx.is_array)
+        return eqx.combine(
+            jtu.tree_map(lambda a, b: jnp.where(index == 0, a, b), arrays, slots),
+            static,
+        )
+
+    def cond_fun(carry):
+        index, *_ = carry
+        return index > 0
+
+    def body_fun(carry):
+        num_steps, t1, rebuilt, after, out = carry
+        index = num_steps - 1
+        t_prev, t0, made_jump = recorder.read_times(record, init_state, index)
+        y1, state1 = rebuilt
+        state1 = recorder.read_recorded(record, state1, index)
+        y0, _, state0 = solver.backward_step(
+            terms, t0, t1, y1, args, state1, made_jump
+        )
+        y_stored, state_stored = stored(index)
+        states = (state_stored, after, made_jump)
+        needs = jnp.asarray(solver.needs_checkpoint(*states))
+        wants = needs | solver.wants_checkpoint(*states)
+        drift = distance(y0, y_stored, y1)
+        separation, m = _coupling(solver, y_stored, state_stored)
+        values = dict(
+            ts=t0,
+            separation=separation,
+            coupling=m,
+            checkpoints=wants,
+            drift=jnp.where(needs, 0, drift),
+        )
+        out = {name: out[name].at[index].set(x) for name, x in values.items()}
+        rebuilt = jtu.tree_map(
+            lambda a, b: jnp.where(wants, a, b) if eqx.is_array(a) else a,
+            (y_stored, state_stored),
+            (y0, state0),
+        )
+        return index, t_prev, rebuilt, state_stored, out
+
+    n = final_state.num_accepted_steps
+    dtype = rms(init_state.y).dtype
+    nan = jnp.full(max_steps, jnp.nan, dtype)
+    out = dict(
+        ts=record.times,
+        separation=nan,
+        coupling=nan,
+        checkpoints=jnp.zeros(max_steps, bool),
+        drift=nan,
+    )
+    final = (final_state.y, final_state.solver_state)
+    carry = (n, recorder.last_time(record, n), final, final_state.solver_state, out)
+    *_, out = lax.while_loop(cond_fun, body_fun, carry)
+    return out
+
+
+def _coupling(solver, y, solver_state):
+    dtype = rms(y).dtype
+    separation = m = jnp.array(jnp.nan, dtype)
+    if isinstance(solver, AbstractCouplingSolver):
+        registers = solver.split(y, solver_state).registers
+        if len(registers) >= 2:
+            a, b, *_ = registers
+            if jtu.tree_structure(a) == jtu.tree_structure(b):
+                separation = rms(jtu.tree_map(lambda x, y: x - y, a, b)) / rms(y)
+    if isinstance(solver, UReversible):
+        if solver.coupling_parameter == "auto":
+            m = coupling(solver.recorded(solver_state)).astype(dtype)
+        else:
+            m = jnp.array(solver.coupling_parameter, dtype)
+    return separation, m
