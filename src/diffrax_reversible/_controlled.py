@@ -37,10 +37,19 @@ method; keeping $m$ below the rate at which the solution contracts removes it.
 inherent to undoing a contraction. The second is the price of damping: $-\ln m$ is the
 information (in nats) that a step forgets.
 
+**Rounding.** What is kept is $(y, d)$ rather than $(y, z)$. With $\psi = \Psi_h(y - m
+d)$ a step is $d \leftarrow m d$, then $(y, d) \leftarrow (y + \psi, d + \psi)$, and at
+last $d \leftarrow d + \Psi_{-h}(y_1)$; and the second of these is undone as $y - d$,
+and so $\psi$, is the same before and after it. (The two increments all but cancel, and
+by Sterbenz's lemma without an error.) So $d$ is known to about $\epsilon |\psi|$, and
+not just to $\epsilon |y|$ as the difference of two numbers would be: then a correction
+of less than $\epsilon |y|$ would be rounded away, $d$ could not shrink below that, and
+damping by $m$ would multiply $\epsilon |y|$ by $1 / m$ on the way back.
+
 **The choice of $m$.** Whatever is forgotten must be paid for, so $m = 1$ unless $d$ has
 outgrown the level
 
-$D = \kappa |e| + 16 \epsilon |y|$
+$D = \kappa |e| + 4 \epsilon |y|$
 
 with the embedded error estimate $e$ of the step before ($|.|$ is the root mean square,
 and $\epsilon$ the spacing of floating-point numbers); and then $m = D / |d|$, or 0 if
@@ -50,27 +59,42 @@ leading coefficients of $R(x) - e^x$ and of the embedded error (both in the tabl
 $\kappa = \chi$ would perturb the solution by its own local error, and a constant
 $\kappa$ would forget the same for all methods; we take the geometric mean of $\chi$ and
 a constant, $\kappa = \min(1, \sqrt\chi / 2)$: 0.16 for Tsit5, 0.36 for Dopri5, 0.29 for
-Heun, 0.71 for Bosh3, 0.06 for Dopri8.
+Heun, 0.71 for Bosh3, 0.06 for Dopri8. The second term is there for rounding alone:
+without it noise would be damped at great cost, and with a larger one the solution in
+single precision would be worse than rounding makes it.
 
-Close to rounding ($|e|$ at most 256 units of it) $m$ is at most 1/2 where it is not 1:
-a smaller correction of $d$ would be rounded away, and its growth be hidden.
+**The derivative.** The solution is insensitive to $d$, but its tangent need not be: a
+sensitive solution multiplies the derivative of $d$ as the parasitic eigenvalue $m /
+\mu$ says, with $m$ a constant that was chosen for $d$ and not for its tangent. On Van
+der Pol's equation with $\mu = 20$ the derivative of the discrete solution exceeds that
+of the continuous one by a factor of 1e115, though the solution itself is as good as the
+wrapped solver's. (Nothing on the way back notices: it is the right derivative of the
+wrong function.) If instead the whole of $m d$ counts as a constant then a step is, to
+the first order, the wrapped solver's; but where the step size is at the limit of its
+stability so is the tangent of *that*, and $m d$ is what had kept it in check. So the
+derivative is exact where $m = 1$, and there the method is the symmetric one; and where
+$m < 0.4$, where the parasitic eigenvalue is small; and in between $m d$ is a constant.
+The term left out is at most $m h L |\partial d|$. It belongs to the definition of the
+step: all adjoints compute the same gradient.
 
 **The account.** `spent` estimates the logarithm of how much the way back amplifies
 rounding errors since the last checkpoint. Each step adds $\max(-\ln m, \ln(|d_1| /
 (m P)))$, where $P$ is the largest $|d|$ so far, faded by every $m$ since: that is, $d$
 growing beyond what it has been. (What falls and rises again, as in an oscillator, does
 not count, and neither does growth from less than a twentieth, which is a new defect
-rather than an old one amplified.) When it would exceed a budget of 16 nats (6 in single
+rather than an old one amplified.) When it would exceed a budget of 10 nats (4 in single
 precision) the solver asks for a checkpoint at the start of the step. So the error of
-what is rebuilt is about $e^{16} \epsilon = 2 \cdot 10^{-9}$ ($5 \cdot 10^{-5}$) where
-the account is right. It is an estimate: a component of $d$ that grows quickly may hide
+what is rebuilt is at most about $e^{10} \epsilon = 5 \cdot 10^{-12}$ ($7 \cdot
+10^{-6}$) where the account is right; and that of the gradient, which close encounters
+and the like amplify by up to some thousand, still small. It is an estimate: a component
+of $d$ that grows quickly may hide
 below a larger one. For such cases there is the drift check of
 [`diffrax_reversible.ReversibleAdjoint`][].
 
 **A bound.** Two states that a contraction brings together by $e^{-A}$ are told apart by
 $A / \ln 2$ bits fewer. Numbers of $b$ bits next to a component that does not contract
 can lose no more than $b$. So *any* way of undoing such a solution needs about $A / (b
-\ln 2)$ stored states, 36 nats for each in double precision; here it is about $A / 16$.
+\ln 2)$ stored states, one for 36 nats in double precision; here it is one for 10.
 Memory that does not grow at all cannot be had on strongly dissipative problems. And on
 a parabolic equation at its limit of stability, where $A$ grows like the number of
 steps, ordinary checkpointing is the better method.
@@ -85,7 +109,7 @@ Gradient-based Hyperparameter Optimization through Reversible Learning. ICML 201
 import functools as ft
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -115,9 +139,7 @@ _LEAST_COUPLING = 1e-3
 # Below this, and where `m = 1`, the derivative of a step is exact.
 _LEAST_EXACT = 0.4
 # The level of `|y - z|` that is put down to rounding, in units of it.
-_FLOOR = 64
-# `m` is at most a half where the level is less than this many times the floor.
-_NEAR_FLOOR = 4
+_FLOOR = 4
 # Growth by more than this is a new defect.
 _MOST_GROWTH = 20
 
@@ -153,7 +175,7 @@ def _leaves(tree: PyTree) -> list[Inexact[Array, "..."]]:
     ]
 
 
-def precision(y: Y) -> jnp.finfo:
+def precision(y: Y) -> Any:  # `jnp.finfo`, for which there are two types
     """That of the least precise part of `y`."""
     kinds = [jnp.finfo(x.dtype) for x in _leaves(y)]
     if len(kinds) == 0:
@@ -177,7 +199,7 @@ def rms(tree: PyTree) -> Float[Array, ""]:
 
 def budget(y: Y) -> float:
     """In nats."""
-    return 13.0 if float(precision(y).eps) < 1e-12 else 6.0
+    return 10.0 if float(precision(y).eps) < 1e-12 else 4.0
 
 
 @ft.cache
@@ -191,7 +213,7 @@ def _ratio_of_errors(coefficients: tuple) -> float | None:
             coefficient = weights @ powers - subtract / math.factorial(k + 1)
             # Those that vanish do so to rounding.
             if abs(coefficient) > 1e-11:
-                return abs(coefficient)
+                return float(abs(coefficient))
             powers = a @ powers
         return None
 
@@ -218,7 +240,7 @@ def reference_factor(tableau: diffrax.ButcherTableau) -> float:
     ratio = _ratio_of_errors(
         (to_tuple(a), to_tuple(tableau.b_sol), to_tuple(tableau.b_error))
     )
-    # Without an estimate, `error_from_slopes` is on the scale of the local error itself.
+    # Without an estimate, `error_from_slopes` is on the scale of the local error.
     return 1.0 if ratio is None else min(1.0, math.sqrt(ratio) / 2)
 
 
@@ -284,7 +306,6 @@ def update(
 
     level = factor * error.astype(dtype) + floor
     m1 = jnp.where(size1 > level, level / jnp.maximum(size1, tiny), 1)
-    m1 = jnp.where((m1 < 1) & (level < _NEAR_FLOOR * floor), jnp.minimum(m1, 0.5), m1)
     # A difference that is not a number is as bad as one can be.
     m1 = jnp.where(jnp.isfinite(size1), m1, 0).astype(dtype)
     return _encode(m1), account1

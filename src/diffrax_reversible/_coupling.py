@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from ._hoist import tree_add
 from ._solver.base import AbstractReversibleSolver
 
 
@@ -19,9 +20,7 @@ _SolverState = TypeVar("_SolverState")
 
 
 def stop_gradient(tree: PyTree) -> PyTree:
-    return jtu.tree_map(
-        lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, tree
-    )
+    return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
 
 
 class StepInfo(NamedTuple):
@@ -82,6 +81,30 @@ def _over(scale: Any, x: Any):
     return x / scale
 
 
+@jax.custom_jvp
+def _unscaled(scale: Any, gradient_scale: Any, x: Any):
+    """The inverse of `scaled`."""
+    del gradient_scale
+    return _over(scale, x)
+
+
+@_unscaled.defjvp
+def _unscaled_jvp(primals, tangents):
+    # Forward over reverse mode. A derivative that has been scaled by zero is lost.
+    scale, gradient_scale, x = primals
+    _, _, t_x = tangents
+    t_out = eqx.error_if(
+        _over(scale, t_x),
+        scale != gradient_scale,
+        "The backward pass of `adjoint=ReversibleAdjoint()` cannot be differentiated "
+        "where a step counts a part of the solver state as a constant, as "
+        '`UReversible(..., coupling_parameter="auto")` does in steps that it damps. '
+        "For second derivatives use a number for the coupling parameter, or "
+        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
+    )
+    return _unscaled(scale, gradient_scale, x), t_out
+
+
 def _is_one(scale: RealScalarLike) -> bool:
     return isinstance(scale, float) and scale == 1.0
 
@@ -106,8 +129,16 @@ class Coupling(eqx.Module):
     scale: Any = eqx.field(static=True, default=1.0)
     # A function, or `None`.
     gradient_scale: Any = eqx.field(static=True, default=None)
+    also: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
+        if self.also is not None and not (
+            _is_one(self.scale) and self.also != self.register
+        ):
+            raise ValueError(
+                "`Coupling(also=...)` must be a register other than "
+                "`Coupling(register=...)`, and needs `scale=1.0`."
+            )
         if callable(self.scale):
             return
         if not isinstance(self.scale, (int, float)):
@@ -133,13 +164,20 @@ class Coupling(eqx.Module):
             registers[i] = jtu.tree_map(times, registers[i])
         elif not _is_one(scale):
             registers[i] = jtu.tree_map(lambda x: _times(scale, x), registers[i])
-        registers[i] = jtu.tree_map(lambda x, s: x + s, registers[i], shift)
+        for j in self._updated:
+            registers[j] = jtu.tree_map(lambda x, s: x + s, registers[j], shift)
 
-    def undo(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
+    def undo(
+        self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree, fixed
+    ):
         """The inverse of `apply`."""
         i = self.register
-        registers[i] = jtu.tree_map(lambda x, s: x - s, registers[i], shift)
-        if not _is_one(scale):
+        for j in self._updated:
+            registers[j] = jtu.tree_map(lambda x, s: x - s, registers[j], shift)
+        if self.gradient_scale is not None:
+            over = ft.partial(_unscaled, scale, self.gradient_scale(fixed))
+            registers[i] = jtu.tree_map(over, registers[i])
+        elif not _is_one(scale):
             registers[i] = jtu.tree_map(lambda x: _over(scale, x), registers[i])
 
     def pull_scale(self, grads: list[PyTree], scale: RealScalarLike, fixed):
@@ -150,10 +188,33 @@ class Coupling(eqx.Module):
             i = self.register
             grads[i] = jtu.tree_map(lambda g: _times(scale, g), grads[i])
 
+    @property
+    def _updated(self) -> tuple[int, ...]:
+        return (self.register,) if self.also is None else (self.register, self.also)
+
     def others(self, registers) -> tuple[PyTree, ...]:
         # `None` in its own place, so that a coupling that reads what it updates, and so
         # could not be undone, fails when it is traced.
-        return tuple(None if i == self.register else x for i, x in enumerate(registers))
+        out = [None if i in self._updated else x for i, x in enumerate(registers)]
+        if self.also is not None:
+            out[self.register] = jtu.tree_map(
+                lambda x, y: x - y, registers[self.register], registers[self.also]
+            )
+        return tuple(out)
+
+    def grad_shift(self, grads: list[PyTree]) -> PyTree:
+        """The gradient of what `shift` returned."""
+        if self.also is None:
+            return grads[self.register]
+        return tree_add(grads[self.register], grads[self.also])
+
+    def add_others(self, grads: list[PyTree], new: tuple[PyTree, ...]) -> None:
+        """The transpose of `others`, added to `grads` in place."""
+        for i, g in enumerate(new):
+            grads[i] = tree_add(grads[i], g)
+        if self.also is not None:
+            minus = jtu.tree_map(lambda g: -g, new[self.register])
+            grads[self.also] = tree_add(grads[self.also], minus)
 
 
 Coupling.__init__.__doc__ = """**Arguments:**
@@ -171,7 +232,12 @@ Coupling.__init__.__doc__ = """**Arguments:**
     step for which `needs_checkpoint` or `wants_checkpoint` is true.)
 - `gradient_scale`: A function like `scale`, with a value to be used in its place when
     differentiating with respect to the register; by default there is none. For solvers
-    that count a part of their state among the constants.
+    that count a part of their state among the constants. (Then forward over reverse
+    mode raises an error, if in any step the two differ.)
+- `also`: Another register, to which the same increment is added. What `shift` is given
+    in the place of `register` is then the difference of the two, `registers[register]
+    - registers[also]`, which does not change. For solvers that keep a copy of a
+    register as its difference from it. Needs `scale=1`.
 """
 
 
@@ -461,7 +527,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
                 info._replace(value=value if at_end else None),
                 coupling.others(registers),
             )
-            coupling.undo(registers, coupling.scale_at(fixed), shift)
+            coupling.undo(registers, coupling.scale_at(fixed), shift, fixed)
             infos.append(info_k)
         registers0 = tuple(registers)
         _, dense_info = self.finish(registers0, registers1, tuple(reversed(infos)))

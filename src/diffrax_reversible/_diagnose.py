@@ -194,9 +194,7 @@ def _walk_back(
         t_prev, t0, made_jump = recorder.read_times(record, init_state, index)
         y1, state1 = rebuilt
         state1 = recorder.read_recorded(record, state1, index)
-        y0, _, state0 = solver.backward_step(
-            terms, t0, t1, y1, args, state1, made_jump
-        )
+        y0, _, state0 = solver.backward_step(terms, t0, t1, y1, args, state1, made_jump)
         y_stored, state_stored = stored(index)
         states = (state_stored, after, made_jump)
         needs = jnp.asarray(solver.needs_checkpoint(*states))
@@ -236,15 +234,19 @@ def _walk_back(
 
 def _coupling(solver, y, solver_state):
     dtype = rms(y).dtype
+    # Then the second register is the difference already.
+    controlled = isinstance(solver, UReversible) and solver.coupling_parameter == "auto"
     separation = m = jnp.array(jnp.nan, dtype)
     if isinstance(solver, AbstractCouplingSolver):
         registers = solver.split(y, solver_state).registers
         if len(registers) >= 2:
             a, b, *_ = registers
             if jtu.tree_structure(a) == jtu.tree_structure(b):
-                separation = rms(jtu.tree_map(lambda x, y: x - y, a, b)) / rms(y)
+                if not controlled:
+                    b = jtu.tree_map(lambda x, y: x - y, a, b)
+                separation = rms(b) / rms(y)
     if isinstance(solver, UReversible):
-        if solver.coupling_parameter == "auto":
+        if controlled:
             m = coupling(solver.recorded(solver_state)).astype(dtype)
         else:
             m = jnp.array(solver.coupling_parameter, dtype)

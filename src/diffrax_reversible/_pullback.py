@@ -71,6 +71,7 @@ class Rebuilt(NamedTuple):
 
 
 class AbstractPullback(abc.ABC):
+    solver: AbstractReversibleSolver
     # Whether the start of the first step is to be taken from the initial state: a value
     # kept from before the solve may be none that can be evaluated within it.
     restores_start: bool = False
@@ -170,6 +171,8 @@ class GenericPullback(AbstractPullback):
 
 
 class CouplingPullback(AbstractPullback):
+    solver: AbstractCouplingSolver
+
     def __init__(self, solver: AbstractCouplingSolver):
         self.solver = solver
         self.couplings = solver.checked_couplings()
@@ -279,7 +282,7 @@ class CouplingPullback(AbstractPullback):
                 constant, varying = (*times, control), (others, value)
             (shift, infos[k]), pulls[k] = fns.vjp(f"shift_{k}", constant, varying)
             scales[k], pull_scales[k] = self._scale(fns, k, fixed)
-            coupling.undo(registers, scales[k], shift)
+            coupling.undo(registers, scales[k], shift, fixed)
             unscaled[k] = registers[coupling.register]
         registers0 = tuple(registers)
         if solver.has_evaluate:
@@ -325,7 +328,7 @@ class CouplingPullback(AbstractPullback):
                 coupling = self.couplings[k]
                 i = coupling.register
                 new, (*grad_control_k, grad_others, grad_value_k) = pulls[k](
-                    (grads[i], grad_infos[k])
+                    (coupling.grad_shift(grads), grad_infos[k])
                 )
                 add_consts(new)
                 if control_varies:
@@ -339,8 +342,7 @@ class CouplingPullback(AbstractPullback):
                     new, _ = pull_scales[k](*pull_product(grads[i]))
                     add_consts(new)
                 coupling.pull_scale(grads, scales[k], fixed)
-                for j, g in enumerate(grad_others):
-                    grads[j] = tree_add(grads[j], g)
+                coupling.add_others(grads, grad_others)
                 if self._has_value(k):
                     if k == 0:
                         grad_value0 = grad_value_k
@@ -350,8 +352,7 @@ class CouplingPullback(AbstractPullback):
                             tree_add(grad_value1, grad_value_k)
                         )
                         add_consts(new)
-                        for j, g in enumerate(grad_others):
-                            grads[j] = tree_add(grads[j], g)
+                        coupling.add_others(grads, grad_others)
             if control_varies:
                 new, _ = pull_control(grad_control)
                 add_consts(new)
@@ -363,6 +364,16 @@ class CouplingPullback(AbstractPullback):
             return grad_consts, grad_y0, grad_solver_state0, next_carry
 
         return Rebuilt(y0, solver_state0, drift, dense_info, pull)
+
+
+def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):
+    """What should be the same, but for rounding, in what was rebuilt and in what was
+    stored: `y`, but for solvers with `evaluate` the registers that do not depend on the
+    kept value. For that may be from before the solve, with other `args`."""
+    if isinstance(solver, AbstractCouplingSolver) and solver.has_evaluate:
+        registers = solver.split(y, solver_state).registers
+        return solver.checked_couplings()[0].others(registers)
+    return y
 
 
 def make_pullback(solver: AbstractReversibleSolver, made_jump: Any) -> AbstractPullback:

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -218,12 +217,13 @@ class Recorder:
 
     def stop_recorded(self, y: PyTree, solver_state: PyTree) -> PyTree:
         """With couplings, what is recorded is a constant, as is the memo."""
-        if not isinstance(self._solver, AbstractCouplingSolver):
+        solver = self._solver
+        if not isinstance(solver, AbstractCouplingSolver):
             return solver_state
 
         def where(state):
-            memo = self._solver.split(y, state).memo
-            return jtu.tree_leaves((self._solver.recorded(state), memo))
+            memo = solver.split(y, state).memo
+            return jtu.tree_leaves((solver.recorded(state), memo))
 
         leaves = where(solver_state)
         if len(leaves) == 0:

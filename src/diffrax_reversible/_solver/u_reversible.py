@@ -3,18 +3,13 @@ from collections.abc import Callable
 from typing import Any, cast, final, Literal, TypeAlias
 
 import diffrax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .. import _controlled as controlled
 from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
-from .._coupling import (
-    AbstractCouplingSolver,
-    Coupling,
-    Registers,
-    scaled,
-    StepInfo,
-)
+from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._explicit_rk import explicit_rk_increment, uses_last_stage
 from .base import AbstractReversibleSolver
 
@@ -31,34 +26,68 @@ class UReversible(
     Let $\Psi_h(t, y)$ be the increment of the wrapped solver over a step of size $h$.
     Alongside $y$ a second copy $z$ of the solution is kept, $z_0 = y_0$, and a step is
 
+    $z' = m z_n + (1 - m) y_n$
+
+    $y_{n+1} = y_n + \Psi_h(t_n, z')$
+
+    $z_{n+1} = z' - \Psi_{-h}(t_{n+1}, y_{n+1})$
+
+    It is undone by solving these for $z'$, $y_n$ and $z_n$, in this order. The coupling
+    $m = m_n$ is chosen anew for each step: 1 as long as $y - z$ is small, and otherwise
+    what makes it small again, so that $y$ is as good a solution as the wrapped
+    solver's, on dissipative problems too. With $m < 1$ some information on $z$ is
+    forgotten, and rounding errors grow on the way back. The solver keeps an account of
+    this, and before it is too much asks for a checkpoint, of which
+    [`diffrax_reversible.ReversibleAdjoint`][] stores a fixed number. On a conservative
+    problem there are few or none, and on a strongly dissipative one very many; see
+    `sol.stats["num_checkpoints"]` and [`diffrax_reversible.diagnose`][]. What is known
+    of order, stability and information is derived in the module
+    `diffrax_reversible._controlled`.
+
+    The choice is a part of the step, and made from `y`, `z` and the error estimate:
+    the solution does not depend on the adjoint, nor on rejected steps. For the purpose
+    of differentiation it is a constant; and where $0.4 \leq m < 1$ so is $m (y_n -
+    z_n)$, as the derivative of the discrete solution would else not be close to that
+    of the true one. (It is the same for all adjoints, but not for finite differences
+    of a coarse solve.)
+
+    If `coupling_parameter` is a number $\lambda$ then a step is that of the reference
+    instead,
+
     $y_{n+1} = \lambda y_n + (1 - \lambda) z_n + \Psi_h(t_n, z_n)$
 
     $z_{n+1} = z_n - \Psi_{-h}(t_{n+1}, y_{n+1})$
-
-    with the coupling parameter $\lambda$. It is undone by solving the second equation
-    for $z_n$ and then the first for $y_n$.
 
     The method has the order of the wrapped solver, and its embedded error estimate, so
     that it is adaptive. Each step makes `2s` evaluations of the vector field, where `s`
     is the number of stages of the wrapped solver (not counting a last stage that only
     its error estimate needs, for that is the first stage of the second increment); and
     with [`diffrax_reversible.ReversibleAdjoint`][] it makes `2s` evaluations, each with
-    its pullback, on the backward pass. The solver state is `z`, of the structure,
-    shapes and dtypes of `y`. Uses 3rd order Hermite interpolation for dense/ts output,
-    which needs no further evaluations.
+    its pullback, on the backward pass. The solver state is `(y - z, code, account)`, or
+    `z` if the coupling is a number. Here `y - z` and `z` are of the structure, shapes
+    and dtypes of `y`, `code` is the coupling as a `uint8` (recorded, so that it takes a
+    byte a step), and the account holds two real scalars and a boolean. Uses 3rd order
+    Hermite interpolation for dense/ts output, which needs no further evaluations.
 
     When used to solve SDEs, converges to the Stratonovich solution if the wrapped
     solver does.
 
     !!! warning
 
-        The difference $y - z$ is multiplied by about $\lambda e^{-ah}$ in each step
-        along a component of the solution that behaves like $e^{at}$. So on every
-        component that decays it **grows**, and in time spoils the solution; or, with
-        adaptive steps, it makes the steps so small that `max_steps` is reached. A
-        smaller `coupling_parameter` helps to some extent. Use this method for problems
-        that are conservative or nearly so, or over short times; on dissipative
-        problems check the solution against that of the wrapped solver.
+        The sizes of `y - z`, of the error estimate and of rounding are root mean
+        squares over all of `y`. So a component that is much smaller than others is
+        resolved to *their* error, and not to its own: a part of size 1e-3 next to an
+        oscillation of size 1 has been seen to have ten times the wrapped solver's
+        error, and one of size 1e-6 ten thousand times; and below about 1e-7 of the
+        largest (1e-4 in single precision) its gradient may be wrong, without an error.
+        Scale your variables so that they are of similar size.
+
+    !!! warning
+
+        With a number as the coupling, $y - z$ is multiplied by about $\lambda e^{-ah}$
+        in each step along a component of the solution that behaves like $e^{at}$. So on
+        every component that decays it **grows**, and in time spoils the solution; or,
+        with adaptive steps, it makes the steps so small that `max_steps` is reached.
 
     ??? cite "Reference"
 
@@ -141,7 +170,7 @@ class UReversible(
             )
         if self._controlled:
             code, account = controlled.init(y0)
-            return y0, code, account
+            return jtu.tree_map(jnp.zeros_like, y0), code, account
         return y0
 
     def func(
@@ -155,15 +184,15 @@ class UReversible(
 
     def split(self, y: PyTree, solver_state: Any) -> Registers:
         if self._controlled:
-            z, _, account = solver_state
-            return Registers((y, z), memo=account)
+            difference, _, account = solver_state
+            return Registers((y, difference), memo=account)
         return Registers((y, solver_state))
 
     def merge(self, registers: Registers) -> tuple[PyTree, Any]:
-        y, z = registers.registers
+        y, other = registers.registers
         if self._controlled:
-            return y, (z, registers.fixed, registers.memo)
-        return y, z
+            return y, (other, registers.fixed, registers.memo)
+        return y, other
 
     def recorded(self, solver_state: Any) -> Any:
         if self._controlled:
@@ -185,65 +214,55 @@ class UReversible(
 
     def couplings(self) -> tuple[Coupling, ...]:
         if self._controlled:
+            # Of `y` and `d = y - z`. As a number of its own `d` can be small to a
+            # precision that the difference of two numbers does not have.
             return (
                 Coupling(
                     1,
-                    self._pull_z,
+                    self._keep,
                     scale=controlled.coupling,
                     gradient_scale=controlled.gradient_coupling,
                 ),
-                Coupling(0, self._advance_y),
-                Coupling(1, self._advance_z),
+                Coupling(0, self._advance, also=1),
+                Coupling(1, self._advance_difference),
             )
         return (
             Coupling(0, self._advance_y, scale=cast(float, self.coupling_parameter)),
             Coupling(1, self._advance_z),
         )
 
-    def _pull_z(self, step: StepInfo, registers: tuple[PyTree, ...]):
+    def _keep(self, step: StepInfo, registers: tuple[PyTree, ...]):
         y0, _ = registers
-        m = controlled.coupling(step.fixed)
-        gradient_m = controlled.gradient_coupling(step.fixed)
+        return jtu.tree_map(jnp.zeros_like, y0), {}
 
-        def weigh(y):
-            # Each weight and `m` must sum to one in the precision of `y`.
-            dtype = controlled.real_dtype(y)
-            return scaled(1 - m.astype(dtype), 1 - gradient_m.astype(dtype), y)
+    def _advance(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        # `y - d`, in the place of `y`.
+        z0, _ = registers
+        return self._increment(step, z0, sign=1)
 
-        return jtu.tree_map(weigh, y0), {}
+    def _advance_difference(self, step: StepInfo, registers: tuple[PyTree, ...]):
+        y1, _ = registers
+        return self._increment(step, y1, sign=-1)
 
     def _advance_y(self, step: StepInfo, registers: tuple[PyTree, ...]):
         _, z0 = registers
-        psi = explicit_rk_increment(
-            self._tableau,
-            step.terms,
-            step.t0,
-            step.t1,
-            z0,
-            step.args,
-            step.control,
-            sign=1,
-        )
-        weight = 0 if self._controlled else 1 - cast(float, self.coupling_parameter)
-        if weight == 0:
-            shift = psi.increment
-        else:
-            shift = jtu.tree_map(lambda z, p: weight * z + p, z0, psi.increment)
-        return shift, dict(k=psi.k_first, error=psi.error)
+        shift, info = self._increment(step, z0, sign=1)
+        weight = 1 - cast(float, self.coupling_parameter)
+        if weight != 0:
+            shift = jtu.tree_map(lambda z, p: weight * z + p, z0, shift)
+        return shift, info
 
     def _advance_z(self, step: StepInfo, registers: tuple[PyTree, ...]):
         y1, _ = registers
+        shift, info = self._increment(step, y1, sign=-1)
+        return jtu.tree_map(lambda p: -p, shift), info
+
+    def _increment(self, step: StepInfo, y: PyTree, sign: int):
+        times = (step.t0, step.t1) if sign == 1 else (step.t1, step.t0)
         psi = explicit_rk_increment(
-            self._tableau,
-            step.terms,
-            step.t1,
-            step.t0,
-            y1,
-            step.args,
-            step.control,
-            sign=-1,
+            self._tableau, step.terms, *times, y, step.args, step.control, sign
         )
-        return jtu.tree_map(lambda p: -p, psi.increment), dict(k=psi.k_first)
+        return psi.increment, dict(k=psi.k_first, error=psi.error)
 
     def finish(self, registers0, registers1, infos):
         y0, _ = registers0
@@ -260,7 +279,7 @@ class UReversible(
     def steer(self, fixed, memo, registers0, registers1, y_error, infos):
         if not self._controlled:
             return fixed, memo
-        y1, z1 = registers1
+        y1, difference1 = registers1
         if controlled.has_error_estimate(self._tableau):
             error = controlled.rms(y_error)
         else:
@@ -272,7 +291,7 @@ class UReversible(
             controlled.reference_factor(self._tableau),
             fixed,
             memo,
-            jtu.tree_map(lambda y, z: y - z, y1, z1),
+            difference1,
             error,
             y1,
         )
@@ -281,9 +300,10 @@ class UReversible(
 UReversible.__init__.__doc__ = """**Arguments:**
 
 - `solver`: The solver to wrap; any [`diffrax.AbstractERK`][].
-- `coupling_parameter`: The number `lambda`, with `0 < coupling_parameter <= 1`. The
-    smaller it is the better are `y` and `z` kept together, and the faster do rounding
-    errors grow on the backward pass: by `1 / coupling_parameter` in each step.
+- `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
+    number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
+    that is the better are `y` and `z` kept together, and the faster do rounding errors
+    grow on the backward pass: by `1 / coupling_parameter` in each step.
 
 **Raises:**
 
