@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from ._compat import host_loop, is_save_state, is_sub_save_at, is_unsafe_sde
 from ._controlled import precision, rms
 from ._hoist import Hoister, materialise, tree_add
-from ._pullback import Functions, make_pullback, Step
+from ._pullback import comparable, Functions, make_pullback, Step
 from ._record import make_recorder, Record, Recorder
 from ._registry import to_reversible
 from ._vmap import where_active
@@ -33,8 +33,15 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     and takes an amount of memory that does not grow with `n`, but for a record of the
     step times: one floating-point number for every step up to `max_steps`. (And one
     byte if the step size controller may report jumps, and whatever
-    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects.) The record is
-    shared by the elements of a batch, under `jax.vmap`, if they make the same steps.
+    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects: for
+    [`diffrax_reversible.UReversible`][] one byte.) The record of times is shared by the
+    elements of a batch, under `jax.vmap`, if they make the same steps.
+
+    Undoing a step may amplify rounding errors, as where the solution contracts. So
+    there are a fixed number of checkpoints, for a solver to ask for; and wherever the
+    backward pass arrives at one, and at the start of the solve, what has been rebuilt
+    is compared with what is stored. The number of them that was asked for is
+    `sol.stats["num_checkpoints"]` (not with `max_steps=None`).
 
     Gradients are computed with respect to `y0`, `args`, everything differentiable in
     `terms`, and values that the vector field, the control or `SaveAt(fn=...)` close
@@ -49,8 +56,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     - `NotImplementedError` for `diffeqsolve(event=...)`; and when differentiating with
         respect to `t0`, `t1`, `dt0`, `SaveAt(ts=...)` or the times in a step size
         controller.
-    - `RuntimeError`, by the gradient alone, if the solver asked for more checkpoints
-        than there are.
+    - `RuntimeError`, by the gradient alone and under `jax.jit` too, if the solver asked
+        for more checkpoints than there are; if the backward pass does not arrive at the
+        stored states to `drift_tolerance`; or if these or the gradient are not finite.
+        Under `jax.vmap`, if this is so for any element of the batch.
 
     ??? cite "Reference"
 
@@ -64,15 +73,16 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         ```
     """
 
-    checkpoints: int = 32
+    checkpoints: int | Literal["auto"] = "auto"
     checkpoint_every: int | None = None
-    drift_tolerance: float | None | Literal["auto"] = "auto"
+    drift_tolerance: float | int | Literal["auto"] | None = "auto"
 
     def __check_init__(self):
-        if not _is_integer(self.checkpoints) or self.checkpoints < 0:
+        n = self.checkpoints
+        if n != "auto" and (not _is_integer(n) or n < 0):
             raise ValueError(
-                "`ReversibleAdjoint(checkpoints=...)` must be a nonnegative integer; "
-                f"got {self.checkpoints}."
+                "`ReversibleAdjoint(checkpoints=...)` must be a nonnegative integer, "
+                f'or "auto"; got {n}.'
             )
         if self.checkpoint_every is not None and (
             not _is_integer(self.checkpoint_every) or self.checkpoint_every < 1
@@ -82,8 +92,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 f"or `None`; got {self.checkpoint_every}."
             )
         tolerance = self.drift_tolerance
-        if tolerance not in (None, "auto") and not (
-            isinstance(tolerance, (int, float)) and tolerance > 0
+        if tolerance not in (None, "auto") and (
+            isinstance(tolerance, bool)
+            or not isinstance(tolerance, (int, float))
+            or not tolerance > 0
         ):
             raise ValueError(
                 "`ReversibleAdjoint(drift_tolerance=...)` must be a positive number, "
@@ -127,7 +139,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             solver=solver,
             stepsize_controller=stepsize_controller,
             saveat=saveat,
-            checkpoints=self.checkpoints,
+            checkpoints=_num_slots(self.checkpoints, init_state.y),
             checkpoint_every=self.checkpoint_every,
             drift_tolerance=self.drift_tolerance,
         )
@@ -153,15 +165,35 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `checkpoints`: The number of slots for steps that the solver says it cannot undo, see
-    [`diffrax_reversible.AbstractReversibleSolver.needs_checkpoint`][]. Each takes the
-    memory of `y` and the solver state. No memory is used for them with solvers that
-    never ask for one.
+- `checkpoints`: The number of slots for steps that the solver would like to be stored
+    ([`diffrax_reversible.AbstractReversibleSolver.wants_checkpoint`][]) or cannot undo
+    ([`diffrax_reversible.AbstractReversibleSolver.needs_checkpoint`][]), and for
+    `checkpoint_every`. Each takes the memory of `y` and the solver state. No memory is
+    used for them with solvers that never ask for one. `"auto"` is 64, or 128 if any
+    part of `y` is in single precision (or less). With `checkpoints=0` the memory is
+    that of the record alone, and the gradient of a solve that needs a checkpoint raises
+    an error.
+- `checkpoint_every`: If an integer `k` then every `k`th step is stored as well. Useful
+    for a solver that is not stable on the way back, and does not say so.
+- `drift_tolerance`: The largest acceptable difference between what has been rebuilt and
+    what was stored, relative to the size of `y` (of each of its leaves, in root mean
+    square). `"auto"` is 1e-5, or 6e-5 if any part of `y` is in single precision (or
+    less). It is the *state* that is looked at: the gradient may be better or worse,
+    usually by no more than a factor of 50. With `None` nothing is checked.
 
 **Raises:**
 
-- `ValueError` if `checkpoints` is not a nonnegative integer.
+- `ValueError` if `checkpoints` is not a nonnegative integer or `"auto"`,
+    `checkpoint_every` not a positive one or `None`, or `drift_tolerance` not a positive
+    number, `"auto"` or `None`.
 """
+
+
+def _num_slots(checkpoints: int | Literal["auto"], y: PyTree) -> int:
+    if checkpoints == "auto":
+        # With less precision more of them are needed; the memory is the same.
+        return 64 if float(precision(y).eps) < 1e-12 else 128
+    return checkpoints
 
 
 inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
@@ -299,9 +331,7 @@ def _outer_while_loop(
         tnext=stop(final_state.tnext),
         controller_state=stop(final_state.controller_state),
         progress_meter_state=stop(final_state.progress_meter_state),
-        solver_state=recorder.stop_recorded(
-            final_state.y, final_state.solver_state
-        ),
+        solver_state=recorder.stop_recorded(final_state.y, final_state.solver_state),
         dense_ts=stop(final_state.dense_ts),
         save_state=jtu.tree_map(
             lambda s: dataclasses.replace(s, ts=stop(s.ts)),
@@ -536,13 +566,19 @@ def _loop_bwd(
             def read():
                 stored = read_slot(rebuilt)
                 drift = zero_drift
+                initial = (init_state.y, init_state.solver_state)
                 if drift_tolerance is not None:
-                    y_stored, _ = stored
-                    y_stored = select(is_start, init_state.y, y_stored)
-                    drift = distance(rebuilt[0], y_stored, carry.y1)
+                    compared = [
+                        comparable(pullback.solver, *state)
+                        for state in (
+                            rebuilt,
+                            select(is_start, initial, stored),
+                            (carry.y1, carry.solver_state),
+                        )
+                    ]
+                    drift = distance(*compared)
                     drift = jnp.where(active & is_undone, drift, 0)
                 if pullback.restores_start:
-                    initial = (init_state.y, init_state.solver_state)
                     stored = select(is_start, initial, stored)
                 return stored, drift
 
@@ -637,7 +673,10 @@ def _loop_bwd(
     grads = (carry.grad_y1, carry.grad_solver_state, carry.grad_consts)
     grads = recorder.check(record, grads)
     if drift_tolerance is not None:
-        grads = _check_drift(grads, carry.drift, drift_tolerance)
+        # If they are not finite then that is not for what they were pulled back from.
+        overflow = ~_all_finite(grads) & _all_finite(grad_final_state)
+        drift = jnp.where(overflow, jnp.inf, carry.drift)
+        grads = _check_drift(grads, drift, drift_tolerance)
     grad_y0, grad_solver_state0, grad_consts = grads
 
     grad_init_state = jtu.tree_map(
@@ -691,10 +730,16 @@ def _inexact(*trees):
     return [eqx.filter(x, eqx.is_inexact_array) for x in trees]
 
 
+def _all_finite(tree):
+    leaves = jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
+    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+    return ft.reduce(jnp.logical_and, finite, jnp.array(True))
+
+
 def _check_drift(grads, drift, tolerance):
     if tolerance == "auto":
         # Single precision cannot do better, and double need not be worse.
-        tolerance = 1e-3 if drift.dtype.itemsize <= 4 else 1e-5
+        tolerance = 6e-5 if drift.dtype.itemsize <= 4 else 1e-5
     remedies = (
         "The gradient would be wrong (which says nothing of the solution). Use "
         "`ReversibleAdjoint(checkpoint_every=...)`, with enough `checkpoints`, for "
@@ -708,8 +753,8 @@ def _check_drift(grads, drift, tolerance):
         f"here {tolerance} relative to the size of the state. Rounding errors have "
         f"grown too much on the way. {remedies}",
         "The backward pass arrived at values that are not finite. Either the solution "
-        "itself is not finite, or rounding errors have grown beyond all bounds on the "
-        f"way back. In the second case: {remedies}",
+        "or its derivative is not finite, or rounding errors have grown beyond all "
+        f"bounds on the way back. In the second case: {remedies}",
     ]
     kind = eqxi.unvmap_max(jnp.where(jnp.isinf(drift), 1, 0))
     return eqxi.branched_error_if(grads, ~(drift <= tolerance), kind, messages)
