@@ -73,6 +73,8 @@ def test_typed_and_public():
         "AbstractCouplingSolver",
         "AbstractReversibleSolver",
         "Coupling",
+        "diagnose",
+        "Diagnosis",
         "LeapfrogMidpoint",
         "Registers",
         "register_reversible",

@@ -109,23 +109,48 @@ def solve_loss(adjoint, solver, terms, y0, args, controller, saveat, sign=1.0):
     return loss
 
 
+def _parameters(name, kind, structure, dtype, seed):
+    case = SOLVERS[name]
+    keys = jax.random.split(jax.random.key(seed), 3)
+    terms = make_terms(case, kind, structure, dtype, keys[0])
+    y0 = random_like(make_y(case, structure, dtype), keys[1])
+    return terms, y0, make_args(keys[2], dtype)
+
+
 @ft.cache
 def compiled_gradient(adjoint, name, controller, saveat, kind, structure, dtype):
-    case = SOLVERS[name]
-
     @eqx.filter_jit
     @eqx.filter_value_and_grad
     def gradient(params, sign):
         terms, y0, args = params
-        solver = case.solver
+        solver = SOLVERS[name].solver
         return solve_loss(adjoint, solver, terms, y0, args, controller, saveat, sign)
 
     def run(seed, sign):
-        keys = jax.random.split(jax.random.key(seed), 3)
-        terms = make_terms(case, kind, structure, dtype, keys[0])
-        y0 = random_like(make_y(case, structure, dtype), keys[1])
-        args = make_args(keys[2], dtype)
-        return gradient((terms, y0, args), jnp.array(sign, dtype))
+        params = _parameters(name, kind, structure, dtype, seed)
+        return gradient(params, jnp.array(sign, dtype))
+
+    return run
+
+
+@ft.cache
+def compiled_derivative(name, controller, saveat, kind, structure, dtype):
+    """In a direction, by forward mode: compiles in half the time of a reverse mode."""
+
+    @eqx.filter_jit
+    def derivative(params, tangent, sign):
+        def loss(params):
+            terms, y0, args = params
+            solver, adjoint = SOLVERS[name].solver, diffrax.ForwardMode()
+            return solve_loss(
+                adjoint, solver, terms, y0, args, controller, saveat, sign
+            )
+
+        return eqx.filter_jvp(loss, (params,), (tangent,))
+
+    def run(seed, tangent, sign):
+        params = _parameters(name, kind, structure, dtype, seed)
+        return derivative(params, tangent, jnp.array(sign, dtype))
 
     return run
 
@@ -133,14 +158,21 @@ def compiled_gradient(adjoint, name, controller, saveat, kind, structure, dtype)
 def agree(name, controller, saveat, kind, structure, seed, sign):
     arguments = (name, controller, saveat, kind, structure, jnp.float64)
     ours = compiled_gradient(dfxr.ReversibleAdjoint(), *arguments)(seed, sign)
-    reference = compiled_gradient(diffrax.DirectAdjoint(), *arguments)(seed, sign)
     value, grad = ours
     assert np.count_nonzero(flatten(grad)) > 0.5 * flatten(grad).size
-    assert relative_difference(ours, reference) < TOL
+    # In the direction of random signs, so that nothing is left out.
+    rng = np.random.default_rng(seed)
+    tangent = jtu.tree_map(
+        lambda g: jnp.asarray(rng.choice([-1.0, 1.0], g.shape), g.dtype), grad
+    )
+    expected = compiled_derivative(*arguments)(seed, tangent, sign)
+    assert abs(value - expected[0]) <= TOL * abs(expected[0])
+    grad, tangent = flatten(grad), flatten(tangent)
+    assert abs(np.dot(grad, tangent) - expected[1]) <= TOL * np.sum(np.abs(grad))
 
 
-# Every solver with every controller and every kind of term that it takes; each pair of
-# these at least once. All of their combinations are in `test_exhaustive`.
+# Every solver, and every controller and every kind of term with one of each family. All
+# of their combinations are in `test_exhaustive`.
 GRID = [
     ("UReversible-Heun", "constant", "ode"),
     ("UReversible-Heun", "step_to", "cde"),
@@ -152,13 +184,10 @@ GRID = [
     ("ReversibleHeun-sync", "pid", "ode"),
     ("LeapfrogMidpoint-sync", "constant", "ode"),
     ("ReversibleHeun", "constant", "sde"),
-    ("ReversibleHeun", "step_to", "ode"),
     ("ReversibleHeun", "pid", "cde"),
     ("ReversibleHeun", "clip", "ode"),
-    ("LeapfrogMidpoint", "constant", "ode"),
     ("LeapfrogMidpoint", "step_to", "cde"),
     ("SemiImplicitEuler", "constant", "sde"),
-    ("SemiImplicitEuler", "step_to", "ode"),
     ("user-generic", "step_to", "ode"),
     ("user-coupling", "constant", "ode"),
 ]
@@ -329,15 +358,19 @@ def test_closed_over(name):
     assert all(np.any(x != 0) for x in ours)
 
 
-def test_differentiated_solver_state():
+@pytest.mark.parametrize("coupling_parameter", ["auto", 0.999])
+def test_differentiated_solver_state(coupling_parameter):
     # A solve resumed with a solver state given by the user, and its gradient.
     w, y0 = _linear_problem()
-    solver = dfxr.UReversible(diffrax.Heun())
+    solver = dfxr.UReversible(diffrax.Heun(), coupling_parameter)
 
     def loss(adjoint, params):
         w, y0, z0 = params
         kwargs = dict(adjoint=adjoint, max_steps=MAX_STEPS)
         term = diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y))
+        if coupling_parameter == "auto":
+            _, code, account = solver.init(term, 0.0, 0.1, y0, w)
+            z0 = (y0 - z0, code, account)
         first = diffrax.diffeqsolve(
             term,
             solver,

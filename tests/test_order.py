@@ -177,7 +177,7 @@ HOSTED = [
     for name, case in SOLVERS.items()
     if case.host is not None
     for kind in ("ode", *case.controls)
-    for controller in (["constant", "step_to"] + (["clip"] if case.adaptive else []))
+    for controller in (["step_to", "clip"] if case.adaptive else ["step_to"])
 ]
 
 
