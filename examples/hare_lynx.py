@@ -11,10 +11,9 @@ likelihood for log-normal noise. The rates of Lotka--Volterra are positive too, 
 fitted through their logarithms. The count of 1900 is as noisy as any other, so the
 initial condition is fitted as well.
 
-Reversibility has a price: `UReversible` carries a second copy of the solution, and
-where the dynamics are dissipative the two copies drift apart. Lotka--Volterra has a
-conserved quantity and is safe. A neural ODE may be anything. So at the end each fit is
-compared with a solve by plain `diffrax.Tsit5()`.
+`UReversible` carries a second copy of the solution, and keeps the two together where
+the dynamics are dissipative, as those of a neural ODE may be. So at the end each fit is
+compared with a solve by plain `diffrax.Tsit5()`: they should agree.
 
 The neural ODE has more parameters than there are data. That it fits better is no
 evidence for it: the point is only that it can be trained.
