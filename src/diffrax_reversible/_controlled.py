@@ -53,15 +53,20 @@ $D = \kappa |e| + 4 \epsilon |y|$
 
 with the embedded error estimate $e$ of the step before ($|.|$ is the root mean square,
 and $\epsilon$ the spacing of floating-point numbers); and then $m = D / |d|$, or 0 if
-that is less than 1/1000. The perturbation of $y$ in a step is about $h L D$. For a
-linear problem the local error is $\chi h L |e|$, where $\chi$ is the ratio of the
-leading coefficients of $R(x) - e^x$ and of the embedded error (both in the tableau). So
-$\kappa = \chi$ would perturb the solution by its own local error, and a constant
-$\kappa$ would forget the same for all methods; we take the geometric mean of $\chi$ and
-a constant, $\kappa = \min(1, \sqrt\chi / 2)$: 0.16 for Tsit5, 0.36 for Dopri5, 0.29 for
-Heun, 0.71 for Bosh3, 0.06 for Dopri8. The second term is there for rounding alone:
-without it noise would be damped at great cost, and with a larger one the solution in
-single precision would be worse than rounding makes it.
+that is less than 1/1000. (If $y$ is a pytree of several leaves then each has its $D$,
+and that for which $m$ is least decides. Their sizes may differ by any factor. In place
+of $|e|$ stands the largest relative error of all times the size of the leaf, where that
+is more: the error estimate of a scalar may vanish as it changes its sign.)
+
+The perturbation of $y$ in a step is about $h L D$. For a linear problem the local error
+is $\chi h L |e|$, where $\chi$ is the ratio of the leading coefficients of $R(x) - e^x$
+and of the embedded error (both in the tableau). So $\kappa = \chi$ would perturb the
+solution by its own local error, and a constant $\kappa$ would forget the same for all
+methods; we take the geometric mean of $\chi$ and a constant, $\kappa = \min(1,
+\sqrt\chi / 2)$: 0.16 for Tsit5, 0.36 for Dopri5, 0.29 for Heun, 0.71 for Bosh3, 0.06
+for Dopri8. The second term is there for rounding alone: without it noise would be
+damped at great cost, and with a larger one the solution in single precision would be
+worse than rounding makes it.
 
 **The derivative.** The solution is insensitive to $d$, but its tangent need not be: a
 sensitive solution multiplies the derivative of $d$ as the parasitic eigenvalue $m /
@@ -78,17 +83,17 @@ The term left out is at most $m h L |\partial d|$. It belongs to the definition 
 step: all adjoints compute the same gradient.
 
 **The account.** `spent` estimates the logarithm of how much the way back amplifies
-rounding errors since the last checkpoint. Each step adds $\max(-\ln m, \ln(|d_1| /
-(m P)))$, where $P$ is the largest $|d|$ so far, faded by every $m$ since: that is, $d$
-growing beyond what it has been. (What falls and rises again, as in an oscillator, does
-not count, and neither does growth from less than a twentieth, which is a new defect
-rather than an old one amplified.) When it would exceed a budget of 10 nats (4 in single
-precision) the solver asks for a checkpoint at the start of the step. So the error of
-what is rebuilt is at most about $e^{10} \epsilon = 5 \cdot 10^{-12}$ ($7 \cdot
-10^{-6}$) where the account is right; and that of the gradient, which close encounters
-and the like amplify by up to some thousand, still small. It is an estimate: a component
-of $d$ that grows quickly may hide
-below a larger one. For such cases there is the drift check of
+rounding errors since the last checkpoint. Each step adds $\max(-\ln m, \ln(|d_1| / (m
+P)))$, where $P$ is the largest $|d|$ so far, faded by every $m$ since: that is, $d$
+growing beyond what it has been, in the leaf in which it does so most. (What falls and
+rises again, as in an oscillator, does not count, and neither does growth from less than
+a twentieth, which is a new defect rather than an old one amplified.) When it would
+exceed a budget of 10 nats (4 in single precision) the solver asks for a checkpoint at
+the start of the step. So the error of what is rebuilt is at most about $e^{10} \epsilon
+= 5 \cdot 10^{-12}$ ($7 \cdot 10^{-6}$) where the account is right; and that of the
+gradient, which close encounters and the like amplify by up to some thousand, still
+small. It is an estimate: a component of $d$ that grows quickly may hide below a larger
+one. For such cases there is the drift check of
 [`diffrax_reversible.ReversibleAdjoint`][].
 
 **A bound.** Two states that a contraction brings together by $e^{-A}$ are told apart by
@@ -124,8 +129,8 @@ from ._compat import Y
 class Account(NamedTuple):
     """What decides on the coming steps. All scalars."""
 
-    # The largest `|y - z|`, faded by the couplings since.
-    peak: Float[Array, ""]
+    # The largest `|y - z|` of each leaf, faded by the couplings since.
+    peak: tuple[Float[Array, ""], ...]
     # Since the last checkpoint, in nats.
     spent: Float[Array, ""]
     # Whether the last step was over the budget.
@@ -197,6 +202,13 @@ def rms(tree: PyTree) -> Float[Array, ""]:
     return largest * jnp.sqrt(total / sum(x.size for x in leaves))
 
 
+def norms(tree: PyTree) -> tuple[Float[Array, ""], ...]:
+    """That of each leaf; of nothing at all, a zero."""
+    dtype = precision(tree).dtype
+    out = tuple(rms(x).astype(dtype) for x in _leaves(tree) if x.size > 0)
+    return (jnp.zeros((), dtype),) if len(out) == 0 else out
+
+
 def budget(y: Y) -> float:
     """In nats."""
     return 10.0 if float(precision(y).eps) < 1e-12 else 4.0
@@ -244,8 +256,9 @@ def reference_factor(tableau: diffrax.ButcherTableau) -> float:
     return 1.0 if ratio is None else min(1.0, math.sqrt(ratio) / 2)
 
 
-def error_from_slopes(k0: Y, k1: Y, order: int | None) -> Float[Array, ""]:
-    r"""In place of an embedded error estimate: what it would be for a linear problem,
+def error_from_slopes(k0: Y, k1: Y, order: int | None) -> tuple[Array, ...]:
+    r"""In place of the norms of an embedded error estimate: what they would be for a
+    linear problem,
     `h |f| (h L)**(order - 1) / (order + 1)!`, with the Lipschitz constant `L` as seen
     along the step. Times `h L` it is the local error, up to a constant.
 
@@ -258,12 +271,35 @@ def error_from_slopes(k0: Y, k1: Y, order: int | None) -> Float[Array, ""]:
     change = rms(jtu.tree_map(lambda a, b: a - b, k1, k0))
     ratio = jnp.where(mean > 0, change / jnp.where(mean > 0, mean, 1), 0)
     order = 1 if order is None else order
-    return mean * jnp.minimum(ratio, 1) ** (order - 1) / math.factorial(order + 1)
+    factor = jnp.minimum(ratio, 1) ** (order - 1) / (2 * math.factorial(order + 1))
+    return tuple(factor * (a + b) for a, b in zip(norms(k0), norms(k1), strict=True))
 
 
 def init(y0: Y) -> tuple[UInt8[Array, ""], Account]:
-    zero = jnp.zeros((), rms(y0).dtype)
-    return jnp.array(0, jnp.uint8), Account(zero, zero, jnp.array(False))
+    zero = jnp.zeros((), precision(y0).dtype)
+    peak = tuple(zero for _ in norms(y0))
+    return jnp.array(0, jnp.uint8), Account(peak, zero, jnp.array(False))
+
+
+def _levels(
+    factor: float, errors: tuple[Float[Array, ""], ...], y1: Y
+) -> list[Float[Array, ""]]:
+    """What `|y - z|` may be, for each leaf."""
+    all_eps = [float(jnp.finfo(x.dtype).eps) for x in _leaves(y1) if x.size > 0]
+    sizes = norms(y1)
+    if len(sizes) > 1:
+        # That of a leaf may vanish as it changes its sign.
+        total = rms(y1)
+        error = ft.reduce(jnp.maximum, errors)
+        relative = error / jnp.where(total > 0, total, 1)
+        errors = tuple(
+            jnp.maximum(e, relative * size)
+            for e, size in zip(errors, sizes, strict=True)
+        )
+    return [
+        factor * e + _FLOOR * eps * size
+        for e, eps, size in zip(errors, all_eps or [0.0], sizes, strict=True)
+    ]
 
 
 def update(
@@ -271,7 +307,7 @@ def update(
     code: UInt8[Array, ""],
     account: Account,
     difference1: Y,
-    error: Float[Array, ""],
+    errors: tuple[Float[Array, ""], ...],
     y1: Y,
 ) -> tuple[UInt8[Array, ""], Account]:
     """The coupling of the next step, and the account after this one.
@@ -282,30 +318,35 @@ def update(
     - `code`: The coupling of this step.
     - `account`: At the start of the step.
     - `difference1`: `y - z` at its end.
-    - `error`: The norm of its error estimate.
+    - `errors`: The norms of its error estimate, of each leaf.
     - `y1`: `y` at its end.
     """
-    m = coupling(code)
-    size1 = rms(difference1)
-    dtype = size1.dtype
-    m = m.astype(dtype)
+    dtype = precision(y1).dtype
     tiny = jnp.finfo(dtype).tiny
-    floor = _FLOOR * float(precision(y1).eps) * rms(y1)
+    m = coupling(code).astype(dtype)
 
-    peak = m * account.peak
-    known = peak * _MOST_GROWTH > size1
-    growth = jnp.log(jnp.maximum(size1, tiny) / jnp.maximum(peak, tiny))
-    spent = jnp.maximum(-jnp.log(jnp.maximum(m, tiny)), jnp.where(known, growth, 0))
-    spent = account.spent + spent
+    # Of the leaves, that with which it is worst.
+    least = jnp.ones((), dtype)
+    growth = jnp.zeros((), dtype)
+    peaks = []
+    sizes = norms(difference1)
+    levels = _levels(factor, tuple(e.astype(dtype) for e in errors), y1)
+    for size, level, peak in zip(sizes, levels, account.peak, strict=True):
+        m1 = jnp.where(size > level, level / jnp.maximum(size, tiny), 1)
+        # A difference that is not a number is as bad as one can be.
+        least = jnp.minimum(least, jnp.where(jnp.isfinite(size), m1, 0))
+
+        peak = m * peak
+        known = peak * _MOST_GROWTH > size
+        ratio = jnp.maximum(size, tiny) / jnp.maximum(peak, tiny)
+        growth = jnp.maximum(growth, jnp.where(known, jnp.log(ratio), 0))
+        peaks.append(jnp.maximum(peak, size))
+
+    spent = account.spent + jnp.maximum(-jnp.log(jnp.maximum(m, tiny)), growth)
     over = spent > budget(y1)
     account1 = Account(
-        peak=jnp.maximum(peak, size1),
+        peak=tuple(peaks),
         spent=jnp.where(over, jnp.zeros((), dtype), spent),
         wants_checkpoint=over,
     )
-
-    level = factor * error.astype(dtype) + floor
-    m1 = jnp.where(size1 > level, level / jnp.maximum(size1, tiny), 1)
-    # A difference that is not a number is as bad as one can be.
-    m1 = jnp.where(jnp.isfinite(size1), m1, 0).astype(dtype)
-    return _encode(m1), account1
+    return _encode(least.astype(dtype)), account1

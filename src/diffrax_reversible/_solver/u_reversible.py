@@ -66,8 +66,9 @@ class UReversible(
     its pullback, on the backward pass. The solver state is `(y - z, code, account)`, or
     `z` if the coupling is a number. Here `y - z` and `z` are of the structure, shapes
     and dtypes of `y`, `code` is the coupling as a `uint8` (recorded, so that it takes a
-    byte a step), and the account holds two real scalars and a boolean. Uses 3rd order
-    Hermite interpolation for dense/ts output, which needs no further evaluations.
+    byte a step), and the account holds a real scalar for each leaf of `y` and one more,
+    and a boolean. Uses 3rd order Hermite interpolation for dense/ts output, which needs
+    no further evaluations.
 
     When used to solve SDEs, converges to the Stratonovich solution if the wrapped
     solver does.
@@ -75,12 +76,13 @@ class UReversible(
     !!! warning
 
         The sizes of `y - z`, of the error estimate and of rounding are root mean
-        squares over all of `y`. So a component that is much smaller than others is
-        resolved to *their* error, and not to its own: a part of size 1e-3 next to an
-        oscillation of size 1 has been seen to have ten times the wrapped solver's
-        error, and one of size 1e-6 ten thousand times; and below about 1e-7 of the
-        largest (1e-4 in single precision) its gradient may be wrong, without an error.
-        Scale your variables so that they are of similar size.
+        squares over each leaf of `y`. So a component that is much smaller than others
+        *of the same array* is resolved to their error, and not to its own: a part of
+        size 1e-3 next to an oscillation of size 1 has been seen to have ten times the
+        wrapped solver's error, and one of size 1e-6 ten thousand times; and below about
+        1e-7 of the largest (1e-4 in single precision) its gradient may be wrong,
+        without an error. Scale your variables so that they are of similar size, or put
+        them into several leaves.
 
     !!! warning
 
@@ -281,10 +283,10 @@ class UReversible(
             return fixed, memo
         y1, difference1 = registers1
         if controlled.has_error_estimate(self._tableau):
-            error = controlled.rms(y_error)
+            errors = controlled.norms(y_error)
         else:
             *_, info0, info1 = infos
-            error = controlled.error_from_slopes(
+            errors = controlled.error_from_slopes(
                 info0["k"], info1["k"], self.solver.order(None)
             )
         return controlled.update(
@@ -292,7 +294,7 @@ class UReversible(
             fixed,
             memo,
             difference1,
-            error,
+            errors,
             y1,
         )
 
