@@ -14,7 +14,7 @@ DIFFRAX = ["0.7.0", "0.7.1", "0.7.2"]
 
 def _pytest(session: nox.Session, *args: str) -> None:
     # Compiling takes most of the time, and two processes share the work well.
-    session.run("pytest", "-n", "2", *args, *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *args, *session.posargs)
 
 
 @nox.session

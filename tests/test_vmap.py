@@ -86,15 +86,15 @@ def _nested(derivative, loss, w, y0, t1):
 
 
 @pytest.mark.parametrize(
-    "nesting,controller",
+    "solver,nesting,controller",
     [
-        (_sum_of_batch, "jumps"),
-        (_per_example, "pid"),
-        (_nested, "pid"),
+        (SOLVERS[0], _sum_of_batch, "jumps"),
+        (SOLVERS[0], _per_example, "pid"),
+        (SOLVERS[0], _nested, "pid"),
+        (SOLVERS[1], _sum_of_batch, "jumps"),
     ],
 )
-@pytest.mark.parametrize("solver", SOLVERS, ids=["UReversible", "ReversibleHeun"])
-def test_vmap(solver, controller, nesting):
+def test_vmap(solver, nesting, controller):
     controller = CONTROLLERS[controller]
     derivatives = [
         jax.jit(
