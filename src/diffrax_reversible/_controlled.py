@@ -170,10 +170,6 @@ def _encode(m: Float[Array, ""]) -> UInt8[Array, ""]:
     return jnp.where(m < _LEAST_COUPLING, jnp.uint8(_SYNC), code)
 
 
-def real_dtype(x: Array):
-    return jnp.finfo(x.dtype).dtype
-
-
 def _leaves(tree: PyTree) -> list[Inexact[Array, "..."]]:
     return [
         x for x in map(jnp.asarray, jtu.tree_leaves(tree)) if eqx.is_inexact_array(x)

@@ -9,10 +9,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._adjoint import distance, inner_loop, outer_loop, with_arrays
+from ._adjoint import inner_loop, outer_loop, with_arrays
 from ._compat import host_loop
 from ._controlled import coupling, rms
 from ._coupling import AbstractCouplingSolver
+from ._drift import distance
 from ._record import make_recorder
 from ._registry import to_reversible
 from ._solver.u_reversible import UReversible
