@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from . import _save as save, _times as times_
 from ._compat import host_loop, is_save_state, is_sub_save_at, is_unsafe_sde
 from ._controlled import precision
 from ._drift import all_finite, check_drift, distance
-from ._hoist import Hoister, materialise, tree_add
-from ._pullback import comparable, Functions, make_pullback, Step
+from ._guard import once_only, reverse_only
+from ._hoist import Hoisted, Hoister, materialise, tree_add
+from ._pullback import AbstractPullback, comparable, Functions, make_pullback, Step
 from ._record import make_recorder, Record, Recorder
 from ._registry import to_reversible
 from ._vmap import where_active
@@ -109,21 +111,16 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         terms,
         solver,
         stepsize_controller,
-        event,
         saveat,
-        max_steps,
+        t1,
         init_state,
         throw,
         passed_solver_state,
         passed_controller_state,
+        progress_meter,
         **kwargs,
     ) -> Any:
         del throw, passed_solver_state, passed_controller_state
-        if event is not None:
-            raise NotImplementedError(
-                "`diffeqsolve(..., event=..., adjoint=ReversibleAdjoint())` is not "
-                "supported yet. Use `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-            )
         if is_unsafe_sde(terms):
             raise ValueError(
                 "`adjoint=ReversibleAdjoint()` does not support `UnsafeBrownianPath`, "
@@ -132,6 +129,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             )
         solver = to_reversible(solver)
         init_state = with_arrays(init_state)
+        progress_meter = _Meter(progress_meter)
+        num_checkpoints = []
         outer_while_loop = ft.partial(
             _outer_while_loop,
             args=args,
@@ -139,28 +138,28 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             solver=solver,
             stepsize_controller=stepsize_controller,
             saveat=saveat,
+            t1=t1,
+            progress_meter=progress_meter,
             checkpoints=_num_slots(self.checkpoints, init_state.y),
             checkpoint_every=self.checkpoint_every,
             drift_tolerance=self.drift_tolerance,
+            num_checkpoints=num_checkpoints,
         )
-        num_checkpoints = []
         final_state, stats = host_loop(
             args=args,
             terms=terms,
             solver=solver,
             stepsize_controller=stepsize_controller,
-            event=event,
             saveat=saveat,
-            max_steps=max_steps,
+            t1=t1,
             init_state=init_state,
+            progress_meter=progress_meter,
             inner_while_loop=ft.partial(inner_loop, kind="lax"),
-            outer_while_loop=ft.partial(
-                outer_while_loop, num_checkpoints=num_checkpoints
-            ),
+            outer_while_loop=outer_while_loop,
             **kwargs,
         )
         [n] = num_checkpoints
-        return final_state, stats if n is None else {**stats, "num_checkpoints": n}
+        return final_state, {**stats, "num_checkpoints": n}
 
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
@@ -213,6 +212,17 @@ def with_arrays(init_state):
     return dataclasses.replace(init_state, solver_state=solver_state)
 
 
+class _Meter:
+    """The user's progress meter, which makes no progress when steps are repeated."""
+
+    def __init__(self, meter: diffrax.AbstractProgressMeter):
+        self._meter = meter
+        self.is_on = True
+
+    def step(self, state, progress):
+        return self._meter.step(state, progress) if self.is_on else state
+
+
 def _outer_while_loop(
     cond_fun,
     body_fun,
@@ -225,6 +235,8 @@ def _outer_while_loop(
     solver,
     stepsize_controller,
     saveat,
+    t1,
+    progress_meter,
     checkpoints,
     checkpoint_every,
     drift_tolerance,
@@ -232,27 +244,10 @@ def _outer_while_loop(
 ):
     """The host's loop over steps, with our rule for differentiating it.
 
-    `solver.init`, saving at `t0` and `t1`, and all else that the host does before and
-    after, lies outside this function and is differentiated by JAX.
+    `solver.init`, saving at `t0` and `t1`, locating an event, and all else that the
+    host does before and after, lies outside this function and is differentiated by JAX.
     """
     init_state = with_arrays(init_state)
-    if max_steps is None:
-        final_state = outer_loop(
-            cond_fun, body_fun, init_state, buffers=buffers, kind="lax"
-        )
-        num_checkpoints.append(None)
-        return eqxi.nondifferentiable_backward(
-            final_state,
-            msg=(
-                "Cannot reverse-mode autodifferentiate when using "
-                "`diffeqsolve(..., max_steps=None, adjoint=ReversibleAdjoint())`, as "
-                "the memory for the record of step times is allocated in advance. Put "
-                "a bound on the number of steps: it costs 8 bytes a step (4 in 32-bit "
-                "precision)."
-            ),
-            symbolic=True,
-        )
-
     recorder = make_recorder(
         solver,
         stepsize_controller,
@@ -263,10 +258,13 @@ def _outer_while_loop(
         checkpoint_every,
     )
 
-    def run(init_state):
+    def run(init_state, has_slots=True, stop=None):
         def _cond_fun(carry):
             state, _ = carry
-            return cond_fun(state)
+            unfinished = cond_fun(state)
+            if stop is not None:
+                unfinished = unfinished & (state.num_accepted_steps < stop)
+            return unfinished
 
         def _body_fun(carry):
             state, record = carry
@@ -280,15 +278,19 @@ def _outer_while_loop(
         return outer_loop(
             _cond_fun,
             _body_fun,
-            (init_state, recorder.init(init_state)),
+            (init_state, recorder.init(init_state, has_slots)),
             max_steps=max_steps,
             buffers=_buffers,
             kind="lax",
         )
 
+    def rerun(init_state, stop):
+        _, record = run(init_state, has_slots=False, stop=stop)
+        return record
+
     # What the rule needs, as functions whose constants are explicit.
     hoister = Hoister()
-    pullback = make_pullback(solver, recorder.made_jump)
+    pullback = make_pullback(solver, init_state.solver_state, recorder.made_jump)
     step = Step(
         init_state.tprev,
         init_state.tnext,
@@ -299,21 +301,23 @@ def _outer_while_loop(
     pullback.add_functions(hoister, terms, args, step)
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     for i, sub in enumerate(subs):
-        _add_save_functions(hoister, i, sub, solver, terms, args, step)
+        save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts
     hoister.add("run", run, init_state)
+    if recorder.is_window:
+        progress_meter.is_on = False
+        hoister.add("rerun", rerun, init_state, jnp.array(0))
+        progress_meter.is_on = True
     hoisted, consts = hoister.finish()
 
-    ts = tuple(sub.ts for sub in subs)
-    stationary = frozenset(
-        hoister.number(x)
-        for x in _stationary_parameters(stepsize_controller, init_state.y)
+    controller, unknown = times_.controller_times(stepsize_controller)
+    times = times_.Times(
+        init_state.tprev, t1, tuple(sub.ts for sub in subs), controller
     )
     final_state, n = _loop(
-        (init_state, ts, consts),
+        reverse_only(_Inputs(init_state, times, consts, unknown)),
         hoisted=hoisted,
         num_local=num_local,
-        stationary=stationary,
         recorder=recorder,
         pullback=pullback,
         steps=tuple(sub.steps for sub in subs),
@@ -321,133 +325,89 @@ def _outer_while_loop(
     )
     # Handed to `loop` past the host, which calls this.
     num_checkpoints.append(n)
-    # The locations of the steps are constants.
+    # The locations of the steps are constants, and what else depends on them alone; and
+    # the host makes nothing of the last values of event functions but comparisons.
     stop = ft.partial(
         jtu.tree_map, lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x
     )
     return dataclasses.replace(
         final_state,
-        tprev=stop(final_state.tprev),
         tnext=stop(final_state.tnext),
         controller_state=stop(final_state.controller_state),
         progress_meter_state=stop(final_state.progress_meter_state),
+        event_values=stop(final_state.event_values),
         solver_state=recorder.stop_recorded(final_state.y, final_state.solver_state),
-        dense_ts=stop(final_state.dense_ts),
-        save_state=jtu.tree_map(
-            lambda s: dataclasses.replace(s, ts=stop(s.ts)),
-            final_state.save_state,
-            is_leaf=is_save_state,
-        ),
     )
 
 
-def _add_save_functions(hoister, i, sub, solver, terms, args, step):
-    if sub.ts is not None:
-        _, _, dense_info, _, _ = eqx.filter_eval_shape(
-            solver.step,
-            terms,
-            step.t0,
-            step.t1,
-            step.y1,
-            args,
-            step.solver_state,
-            step.made_jump,
-        )
-
-        def interpolate(t0, t1, t, dense_info):
-            interpolation = solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
-            return sub.fn(t, interpolation.evaluate(t), args)
-
-        hoister.add(f"save_ts_{i}", interpolate, step.t0, step.t1, step.t0, dense_info)
-    if sub.steps != 0:
-        hoister.add(
-            f"save_steps_{i}", lambda t, y: sub.fn(t, y, args), step.t0, step.y1
-        )
-
-
-def _stationary_parameters(controller, y):
-    # The host stops all gradients through these.
-    while isinstance(controller, diffrax.ClipStepSizeController):
-        controller = controller.controller
-    if isinstance(controller, diffrax.PIDController):
-        names = (
-            "rtol",
-            "atol",
-            "pcoeff",
-            "icoeff",
-            "dcoeff",
-            "safety",
-            "factormin",
-            "factormax",
-            "error_order",
-        )
-        # With what the norm closes over.
-        norm = eqx.filter_closure_convert(controller.norm, y)
-        return jtu.tree_leaves(([getattr(controller, name) for name in names], norm))
-    return []
+class _Inputs(NamedTuple):
+    init_state: Any
+    times: times_.Times
+    consts: tuple[Any, ...]
+    # Whatever is in a step size controller that we do not know.
+    unknown: PyTree
 
 
 @eqx.filter_custom_vjp
-def _loop(vjp_arg, *, hoisted, **kwargs):
+def _loop(inputs, *, hoisted, **kwargs):
     del kwargs
-    init_state, _, consts = vjp_arg
-    final_state, record = hoisted.call("run", consts, init_state)
+    final_state, record = hoisted.call("run", inputs.consts, inputs.init_state)
     return final_state, record.num_wanted
 
 
 @_loop.def_fwd
 def _loop_fwd(
     perturbed,
-    vjp_arg,
+    inputs,
     *,
     hoisted,
     num_local,
-    stationary,
     recorder,
-    pullback,
+    pullback: AbstractPullback,
     steps,
     drift_tolerance,
 ):
     del recorder, steps, drift_tolerance
-    init_state, _, consts = vjp_arg
-    perturbed_state, perturbed_ts, perturbed_consts = perturbed
-    differentiated = frozenset(
-        i for i, p in enumerate(perturbed_consts[:num_local]) if p
-    )
-    unused = frozenset(
-        i for i, p in enumerate(perturbed_consts) if p and i >= num_local
-    )
-    if (
-        perturbed_state.tprev
-        or perturbed_state.tnext
-        or any(jtu.tree_leaves(perturbed_state.controller_state))
-        or any(jtu.tree_leaves(perturbed_ts))
-        or not unused <= stationary
-    ):
+    if any(jtu.tree_leaves(perturbed.unknown)):
         raise NotImplementedError(
-            "`adjoint=ReversibleAdjoint()` cannot differentiate with respect to the "
-            "times of a solve yet: `t0`, `t1`, `dt0`, `SaveAt(ts=...)`, or those in a "
-            "step size controller. Use `jax.lax.stop_gradient` on them if their "
-            "gradient is not needed, or else "
+            "`adjoint=ReversibleAdjoint()` cannot differentiate with respect to what a "
+            "step size controller holds that is not one of diffrax's own. Use "
+            "`jax.lax.stop_gradient` on it if its gradient is not needed, or else "
             "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
-    reason = pullback.unsupported(hoisted, differentiated, perturbed_state.solver_state)
-    if reason is not None:
-        raise NotImplementedError(reason)
-    final_state, record = hoisted.call("run", consts, init_state)
-    residuals = (
+    # (What else the steps depend on chooses where they are made, which is a constant.)
+    differentiated = frozenset(
+        i for i, p in enumerate(perturbed.consts[:num_local]) if p
+    )
+    wanted = jtu.tree_map(lambda p: p is True, perturbed.times, is_leaf=_is_none)
+    fns = Functions(hoisted, inputs.consts, differentiated, wanted.any_of_steps)
+    pullback = pullback.choose(fns, perturbed.init_state.solver_state)
+    final_state, record = hoisted.call("run", inputs.consts, inputs.init_state)
+    ends = _Ends(
         final_state.y,
         final_state.solver_state,
         final_state.tprev,
         final_state.num_accepted_steps,
         [
-            (s.saveat_ts_index, s.save_index)
+            save.Saved(s.saveat_ts_index, s.save_index)
             for s in jtu.tree_leaves(final_state.save_state, is_leaf=is_save_state)
         ],
-        record,
-        differentiated,
+        (final_state.event_tprev, final_state.event_tnext),
     )
-    return (final_state, record.num_wanted), residuals
+    out, ends, record = once_only(((final_state, record.num_wanted), ends, record))
+    return out, (ends, record, differentiated, wanted, pullback)
+
+
+class _Ends(NamedTuple):
+    """What is kept of the final state."""
+
+    y: PyTree
+    solver_state: PyTree
+    tprev: Array
+    num_steps: Array
+    saved: list[save.Saved]
+    # `(None, None)` if there are no events.
+    event_times: tuple[Any, Any]
 
 
 class _Carry(NamedTuple):
@@ -464,11 +424,12 @@ class _Carry(NamedTuple):
     y1: PyTree
     solver_state: PyTree
     pullback: PyTree
-    # (saveat_ts_index, save_index) for each `SubSaveAt`.
-    save_indices: list[tuple[Array, Array]]
+    # For each `SubSaveAt`.
+    saved: list[save.Saved]
     grad_y1: PyTree
     grad_solver_state: PyTree
     grad_consts: dict[int, Any]
+    grad_times: times_.Times
     # The largest so far.
     drift: Array
 
@@ -478,42 +439,31 @@ def _loop_bwd(
     residuals,
     grad_out,
     perturbed,
-    vjp_arg,
+    inputs,
     *,
-    hoisted,
-    num_local,
-    stationary,
+    hoisted: Hoisted,
     recorder: Recorder,
-    pullback,
     steps,
     drift_tolerance,
+    **kwargs,
 ):
-    del perturbed, num_local, stationary
-    init_state, ts, consts = vjp_arg
-    (
-        final_y,
-        final_solver_state,
-        final_tprev,
-        num_accepted_steps,
-        save_indices,
-        record,
-        differentiated,
-    ) = residuals
+    del perturbed, kwargs
+    init_state, times, consts, unknown = inputs
+    ends, record, differentiated, wanted, pullback = residuals
+    ends: _Ends
     record: Record
     grad_final_state, _ = grad_out
-    del vjp_arg, residuals
-    fns = Functions(hoisted, consts, differentiated)
-    grad_ys = [
-        None
-        if all(g is None for g in jtu.tree_leaves(s.ys, is_leaf=_is_none))
-        else s.ys
-        for s in jtu.tree_leaves(grad_final_state.save_state, is_leaf=is_save_state)
-    ]
-    grad_dense_infos = grad_final_state.dense_infos
-    if len(jtu.tree_leaves(grad_dense_infos)) == 0:
-        grad_dense_infos = None
-    want_dense_info = grad_dense_infos is not None or any(
-        g is not None and t is not None for g, t in zip(grad_ys, ts)
+    del inputs, residuals, grad_out
+    times_vary = wanted.any_of_steps
+    fns = Functions(hoisted, consts, differentiated, times_vary)
+    grad_saves = jtu.tree_leaves(grad_final_state.save_state, is_leaf=is_save_state)
+    grad_ys = [None if save.is_zero(s.ys) else s.ys for s in grad_saves]
+    grad_dense_infos = _none_if_zero(grad_final_state.dense_infos)
+    grad_event_info = _none_if_zero(grad_final_state.event_dense_info)
+    want_dense_info = (
+        grad_dense_infos is not None
+        or grad_event_info is not None
+        or any(g is not None and t is not None for g, t in zip(grad_ys, times.saved))
     )
 
     def keep(pred, new, old):
@@ -524,12 +474,14 @@ def _loop_bwd(
             lambda a, b: jnp.where(pred, a, b) if eqx.is_array(b) else b, new, old
         )
 
-    zero_drift = jnp.zeros((), precision(final_y).dtype)
+    def add_time(grad_times, t, grad, is_start):
+        if grad is None:
+            return grad_times
+        return times_.add(grad_times, times, t, grad, is_start)
 
-    def cond_fun(carry: _Carry):
-        return eqxi.unvmap_any(carry.num_steps > 0)
+    zero_drift = jnp.zeros((), precision(ends.y).dtype)
 
-    def body_fun(carry: _Carry):
+    def step_back(carry: _Carry, record: Record) -> _Carry:
         # Under `vmap` an element that is done makes its last step again, with a zero
         # gradient: at a place where it has been before, so that no NaN comes of it.
         active = carry.num_steps > 0
@@ -541,6 +493,7 @@ def _loop_bwd(
         grad_y1 = zero_unless_active(carry.grad_y1)
         grad_solver_state = zero_unless_active(carry.grad_solver_state)
         grad_consts = dict(carry.grad_consts)
+        grad_times = carry.grad_times
 
         t_prev, t0, made_jump = recorder.read_times(record, init_state, index)
         step = Step(
@@ -558,7 +511,7 @@ def _loop_bwd(
         def restore(y0, solver_state0):
             # An element that never made a step is already where it started.
             rebuilt = keep(
-                num_accepted_steps > 0,
+                ends.num_steps > 0,
                 (y0, solver_state0),
                 (carry.y1, carry.solver_state),
             )
@@ -583,7 +536,7 @@ def _loop_bwd(
                 return stored, drift
 
             (y0, solver_state0), drift = lax.cond(
-                eqxi.unvmap_any((is_slot | is_start) & (num_accepted_steps > 0)),
+                eqxi.unvmap_any((is_slot | is_start) & (ends.num_steps > 0)),
                 read,
                 lambda: (rebuilt, zero_drift),
             )
@@ -596,43 +549,71 @@ def _loop_bwd(
         # which they were saved.
         #
 
-        if grad_dense_infos is None:
-            grad_dense_info = None
-        else:
-            grad_dense_info = zero_unless_active(
-                jtu.tree_map(lambda g: g[index], grad_dense_infos)
+        grad_dense_info = None
+        if grad_event_info is not None:
+            # The last step is the one in which an event may have been.
+            is_last = carry.num_steps == ends.num_steps
+            grad_dense_info = jtu.tree_map(
+                lambda g: jnp.where(active & is_last, g, 0), grad_event_info
             )
-        new_save_indices = []
-        for i, (ts_index, save_index) in enumerate(carry.save_indices):
+        if grad_dense_infos is not None:
+            grad_dense_info = tree_add(
+                grad_dense_info,
+                zero_unless_active(jtu.tree_map(lambda g: g[index], grad_dense_infos)),
+            )
+        grad_t0 = grad_t1 = grad_end = jnp.zeros_like(carry.t1)
+        if times_vary and grad_final_state.dense_ts is not None:
+            grad_end = grad_end + grad_final_state.dense_ts[index + 1]
+        new_saved = []
+        for i, saved in enumerate(carry.saved):
             if steps[i] != 0:
-                saved = active & ((index + 1) % steps[i] == 0)
+                is_saved = active & ((index + 1) % steps[i] == 0)
                 if grad_ys[i] is not None:
-                    new_consts, grad_y1 = _pull_save_steps(
-                        fns, i, saved, carry, save_index, grad_ys[i], grad_y1
+                    new_consts, grad_t, grad_y = save.pull_steps(
+                        fns, i, is_saved, carry.t_after, carry.y1, grad_ys[i], saved
                     )
-                    _accumulate(grad_consts, new_consts)
-                save_index = save_index - jnp.where(saved, 1, 0)
-            if ts[i] is not None and grad_ys[i] is not None:
-                ts_index, save_index, grad_consts, grad_dense_info = _pull_save_ts(
-                    fns,
-                    i,
-                    step,
-                    rebuilt.dense_info,
-                    ts[i],
-                    # Saved here were those after the end of the step before.
-                    lambda t: active & ((index == 0) | (t > t_prev)),
-                    ts_index,
-                    save_index,
-                    grad_ys[i],
-                    grad_consts,
-                    grad_dense_info,
+                    save.accumulate(grad_consts, new_consts)
+                    grad_y1 = tree_add(grad_y1, grad_y)
+                    grad_end = grad_end + grad_t
+                if times_vary and grad_saves[i].ts is not None:
+                    grad_end = grad_end + jnp.where(
+                        is_saved, saved.last(grad_saves[i].ts), 0
+                    )
+                saved = saved._replace(index=saved.index - jnp.where(is_saved, 1, 0))
+            ts = times.saved[i]
+            if ts is not None and (grad_ys[i] is not None or wanted.saved[i]):
+                saved, grad_consts, grad_ts, grad_dense_info, new_t0, new_t1 = (
+                    save.pull_ts(
+                        fns,
+                        i,
+                        step,
+                        rebuilt.dense_info,
+                        ts,
+                        # Saved here were those after the end of the step before.
+                        lambda t: active & ((index == 0) | (t > t_prev)),
+                        saved,
+                        grad_saves[i],
+                        grad_consts,
+                        grad_times.saved[i],
+                        grad_dense_info,
+                    )
                 )
-            new_save_indices.append((ts_index, save_index))
+                grad_times = grad_times._replace(
+                    saved=_replaced(grad_times.saved, i, grad_ts)
+                )
+                grad_t0, grad_t1 = grad_t0 + new_t0, grad_t1 + new_t1
+            new_saved.append(saved)
 
-        new_consts, grad_y0, grad_solver_state0, new_pullback = rebuilt.pull(
-            grad_y1, grad_solver_state, grad_dense_info
-        )
-        _accumulate(grad_consts, new_consts)
+        grads, new_pullback = rebuilt.pull(grad_y1, grad_solver_state, grad_dense_info)
+        save.accumulate(grad_consts, grads.consts)
+        if times_vary:
+            for t, grad, at_start in (
+                (carry.t_after, grad_end, jnp.array(False)),
+                (carry.t1, grad_t1 + grads.t1, jnp.array(False)),
+                (t0, grad_t0 + grads.t0, is_start),
+            ):
+                grad = jnp.where(active, grad, 0)
+                grad_times = add_time(grad_times, t, grad, at_start)
 
         return _Carry(
             num_steps=index,
@@ -642,42 +623,108 @@ def _loop_bwd(
             y1=keep(unfinished, rebuilt.y0, carry.y1),
             solver_state=keep(unfinished, rebuilt.solver_state, carry.solver_state),
             pullback=keep(unfinished, new_pullback, carry.pullback),
-            save_indices=new_save_indices,
-            grad_y1=keep(active, grad_y0, carry.grad_y1),
-            grad_solver_state=keep(active, grad_solver_state0, carry.grad_solver_state),
+            saved=new_saved,
+            grad_y1=keep(active, grads.y0, carry.grad_y1),
+            grad_solver_state=keep(active, grads.solver_state, carry.grad_solver_state),
             grad_consts=grad_consts,
+            grad_times=grad_times,
             drift=jnp.maximum(carry.drift, rebuilt.drift),
         )
 
-    t1 = recorder.last_time(record, num_accepted_steps)
-    init_carry = _Carry(
-        num_steps=num_accepted_steps,
+    t1 = recorder.last_time(record, ends.num_steps)
+    no_steps = ends.num_steps == 0
+    grad_times = times_.zeros(wanted, times)
+    event_is_lost = None
+    if times_vary:
+        grad_times = add_time(grad_times, ends.tprev, grad_final_state.tprev, no_steps)
+    if ends.event_times[0] is not None:
+        event_t0, event_t1 = ends.event_times
+        grad_event = (grad_final_state.event_tprev, grad_final_state.event_tnext)
+        if times_vary:
+            is_first = ends.num_steps <= 1
+            grad_times = add_time(grad_times, event_t0, grad_event[0], is_first)
+            grad_times = add_time(grad_times, event_t1, grad_event[1], no_steps)
+        if grad_event_info is not None:
+            # The host interpolates over the last step that was tried.
+            was_used = [jnp.any(g != 0) for g in jtu.tree_leaves(grad_event_info)]
+            was_used = ft.reduce(jnp.logical_or, was_used)
+            event_is_lost = was_used & ~no_steps & (event_t1 != t1)
+    carry = _Carry(
+        num_steps=ends.num_steps,
         num_slots=recorder.num_slots(record),
         t1=t1,
-        t_after=final_tprev,
-        y1=final_y,
-        solver_state=final_solver_state,
-        pullback=pullback.prime(fns, t1, final_y, final_solver_state),
-        save_indices=save_indices,
+        t_after=ends.tprev,
+        y1=ends.y,
+        solver_state=ends.solver_state,
+        pullback=pullback.prime(fns, t1, ends.y, ends.solver_state),
+        saved=ends.saved,
         grad_y1=materialise(
-            grad_final_state.y, eqx.filter(final_y, eqx.is_inexact_array)
+            grad_final_state.y, eqx.filter(ends.y, eqx.is_inexact_array)
         ),
         grad_solver_state=materialise(
             grad_final_state.solver_state,
-            eqx.filter(final_solver_state, eqx.is_inexact_array),
+            eqx.filter(ends.solver_state, eqx.is_inexact_array),
         ),
         grad_consts={i: jnp.zeros_like(consts[i]) for i in sorted(differentiated)},
+        grad_times=grad_times,
         drift=zero_drift,
     )
-    carry = lax.while_loop(cond_fun, body_fun, init_carry)
+
+    def walk(carry, record, first):
+        """Back to the step number `first`."""
+        return lax.while_loop(
+            lambda carry: eqxi.unvmap_any(carry.num_steps > first),
+            lambda carry: step_back(carry, record),
+            carry,
+        )
+
+    if recorder.is_window:
+
+        def walk_window(carry__record__consistent):
+            carry, record, is_consistent = carry__record__consistent
+            # An element that is done makes its first step again.
+            is_done = carry.num_steps == 0
+            stop = jnp.where(
+                is_done,
+                jnp.minimum(ends.num_steps, recorder.length),
+                carry.num_steps,
+            )
+            again = hoisted.call("rerun", consts, init_state, stop)
+            record = recorder.replace_steps(record, again)
+            is_same = again.t_last == carry.t1
+            is_consistent = is_consistent & (is_same | is_done)
+            carry = walk(carry, record, recorder.first_step(stop))
+            return carry, record, is_consistent
+
+        carry = walk(carry, record, recorder.first_step(ends.num_steps))
+        carry, _, is_repeated = lax.while_loop(
+            lambda x: eqxi.unvmap_any(x[0].num_steps > 0),
+            walk_window,
+            (carry, record, jnp.array(True)),
+        )
+    else:
+        carry = walk(carry, record, 0)
+        is_repeated = True
+
     grads = (carry.grad_y1, carry.grad_solver_state, carry.grad_consts)
-    grads = recorder.check(record, grads)
+    grads = (*grads, carry.grad_times)
+    if event_is_lost is not None:
+        grads = eqx.error_if(
+            grads,
+            event_is_lost,
+            "The last step of a solve with an event was rejected, and yet its gradient "
+            "is asked for. (So it is in a batch of which some elements have an event, "
+            "if one that has none runs into `max_steps`.) "
+            "`adjoint=ReversibleAdjoint()` has not recorded such a step. Use a larger "
+            "`max_steps`.",
+        )
+    grads = recorder.check(record, grads, is_repeated)
     if drift_tolerance is not None:
         # If they are not finite then that is not for what they were pulled back from.
         overflow = ~all_finite(grads) & all_finite(grad_final_state)
         drift = jnp.where(overflow, jnp.inf, carry.drift)
         grads = check_drift(grads, drift, drift_tolerance)
-    grad_y0, grad_solver_state0, grad_consts = grads
+    grad_y0, grad_solver_state0, grad_consts, grad_times = once_only(grads)
 
     grad_init_state = jtu.tree_map(
         lambda _: None, eqx.filter(init_state, eqx.is_inexact_array)
@@ -688,18 +735,19 @@ def _loop_bwd(
         solver_state=grad_solver_state0,
         # What was saved during the loop went into places that were empty before it, so
         # there is no need to put zeros there.
+        dense_ts=grad_final_state.dense_ts,
         save_state=jtu.tree_map(
-            lambda s, g: dataclasses.replace(s, ys=g.ys),
+            lambda s, g: dataclasses.replace(s, ts=g.ts, ys=g.ys),
             grad_init_state.save_state,
             grad_final_state.save_state,
             is_leaf=is_save_state,
         ),
     )
-    grad_ts = tuple(None for _ in ts)
-    return (
+    return _Inputs(
         grad_init_state,
-        grad_ts,
+        grad_times,
         tuple(grad_consts.get(i) for i in range(len(consts))),
+        jtu.tree_map(lambda _: None, unknown),
     )
 
 
@@ -711,80 +759,9 @@ def _is_integer(x):
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _accumulate(grad_consts: dict[int, Any], new: dict[int, Any]) -> None:
-    for i, g in new.items():
-        grad_consts[i] = grad_consts[i] + g
+def _none_if_zero(grads):
+    return None if save.is_zero(grads) else grads
 
 
-def _pull_save_steps(fns, i, saved, carry, save_index, grad_ys, grad_y1):
-    """Pulls back what `SubSaveAt(steps=...)` saved at the end of a step."""
-
-    def pull():
-        grad = jtu.tree_map(lambda g: g[jnp.maximum(save_index - 1, 0)], grad_ys)
-        _, pull_fn = fns.vjp(f"save_steps_{i}", (carry.t_after,), (carry.y1,))
-        new_consts, (new_y1,) = pull_fn(grad)
-        return jtu.tree_map(
-            lambda g: jnp.where(saved, g, jnp.zeros_like(g)), (new_consts, new_y1)
-        )
-
-    new_consts, new_y1 = lax.cond(
-        eqxi.unvmap_any(saved),
-        pull,
-        lambda: jtu.tree_map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pull)
-        ),
-    )
-    return new_consts, tree_add(grad_y1, new_y1)
-
-
-def _pull_save_ts(
-    fns,
-    i,
-    step,
-    dense_info,
-    ts,
-    saved_here,
-    ts_index,
-    save_index,
-    grad_ys,
-    grad_consts,
-    grad_dense_info,
-):
-    """Pulls back what `SubSaveAt(ts=...)` saved during a step. Makes no iterations if
-    that was nothing."""
-    used = [j for j in fns.hoisted.uses(f"save_ts_{i}") if j in fns.differentiated]
-    grad_dense_info = materialise(
-        grad_dense_info, eqx.filter(dense_info, eqx.is_inexact_array)
-    )
-
-    def last(ts_index):
-        t = ts[jnp.maximum(ts_index - 1, 0)]
-        return t, (ts_index > 0) & saved_here(t)
-
-    def cond_fun(carry):
-        ts_index, _, _, _ = carry
-        _, saved = last(ts_index)
-        return eqxi.unvmap_any(saved)
-
-    def body_fun(carry):
-        ts_index, save_index, own_consts, grad_dense_info = carry
-        t, saved = last(ts_index)
-        t = jnp.where(saved, t, step.t1)
-        grad = jtu.tree_map(lambda g: g[jnp.maximum(save_index - 1, 0)], grad_ys)
-        _, pull = fns.vjp(f"save_ts_{i}", (step.t0, step.t1, t), (dense_info,))
-        new_consts, (new_dense_info,) = pull(grad)
-        new = jtu.tree_map(
-            lambda g: where_active(saved, g, jnp.zeros_like(g)),
-            (new_consts, new_dense_info),
-        )
-        own_consts, grad_dense_info = jtu.tree_map(
-            jnp.add, (own_consts, grad_dense_info), new
-        )
-        one = jnp.where(saved, 1, 0)
-        return ts_index - one, save_index - one, own_consts, grad_dense_info
-
-    own_consts = {j: grad_consts[j] for j in used}
-    ts_index, save_index, own_consts, grad_dense_info = lax.while_loop(
-        cond_fun, body_fun, (ts_index, save_index, own_consts, grad_dense_info)
-    )
-    return ts_index, save_index, {**grad_consts, **own_consts}, grad_dense_info
+def _replaced(xs: tuple, i: int, x) -> tuple:
+    return (*xs[:i], x, *xs[i + 1 :])

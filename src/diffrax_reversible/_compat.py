@@ -64,6 +64,10 @@ STATE_FIELDS = frozenset(
         "save_state",
         "dense_ts",
         "dense_infos",
+        "event_tprev",
+        "event_tnext",
+        "event_dense_info",
+        "event_values",
     }
 )
 

@@ -125,7 +125,9 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
     ) -> Any:
         del throw, passed_solver_state, passed_controller_state
         if max_steps is None:
-            raise ValueError("`diagnose` needs a bound on the number of steps.")
+            raise ValueError(
+                "`diagnose` needs a bound on the number of steps: use `max_steps=...`."
+            )
         solver = to_reversible(solver)
         init_state = with_arrays(init_state)
         # A slot for every step.

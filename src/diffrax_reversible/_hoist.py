@@ -140,10 +140,6 @@ class Hoister:
     def num_consts(self) -> int:
         return len(self._consts)
 
-    def number(self, x: Any) -> int | None:
-        """The number of the constant that is this very array, if it is one."""
-        return self._numbers.get(id(x))
-
     def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
         return Hoisted(dict(self._functions)), tuple(self._consts)
 

@@ -30,6 +30,8 @@ class Functions(NamedTuple):
     consts: Sequence[Any]
     # The numbers of those constants with respect to which we differentiate.
     differentiated: frozenset[int]
+    # Whether we differentiate with respect to the times of steps.
+    times_vary: bool
 
     def call(self, name: str, *args):
         return self.hoisted.call(name, self.consts, *args)
@@ -58,6 +60,18 @@ class Step(NamedTuple):
     made_jump: Any
 
 
+class Grads(NamedTuple):
+    """Of the start of a step, and what the step depends on."""
+
+    # By number.
+    consts: dict[int, Any]
+    y0: PyTree
+    solver_state: PyTree
+    # `None` unless they vary.
+    t0: Array | None
+    t1: Array | None
+
+
 class Rebuilt(NamedTuple):
     y0: PyTree
     solver_state: PyTree
@@ -65,8 +79,7 @@ class Rebuilt(NamedTuple):
     drift: Array
     # `None` unless it was asked for.
     dense_info: PyTree
-    # (grad_y1, grad_solver_state1, grad_dense_info or None)
-    #     -> (gradients of constants by number, grad_y0, grad_solver_state0, carry)
+    # (grad_y1, grad_solver_state1, grad_dense_info or None) -> (Grads, carry)
     pull: Callable
 
 
@@ -75,15 +88,19 @@ class AbstractPullback(abc.ABC):
     # Whether the start of the first step is to be taken from the initial state: a value
     # kept from before the solve may be none that can be evaluated within it.
     restores_start: bool = False
+    # What can stand in for this one, with the same functions, where it is not enough.
+    fallback: "AbstractPullback | None" = None
 
     @abc.abstractmethod
     def add_functions(self, hoister: Hoister, terms, args, step: Step):
         """Adds those functions that will be needed. `step` is an example."""
 
-    @abc.abstractmethod
-    def unsupported(self, hoisted: Hoisted, differentiated: frozenset[int], perturbed):
-        """Why the gradient cannot be had, or `None`. `perturbed` has the structure of
-        the solver state."""
+    def choose(
+        self, fns: Functions, perturbed_solver_state: PyTree
+    ) -> "AbstractPullback":
+        """That which can do what is asked for."""
+        del fns, perturbed_solver_state
+        return self
 
     @abc.abstractmethod
     def prime(self, fns: Functions, t1, y1, solver_state) -> PyTree:
@@ -112,6 +129,11 @@ def _same_struct(x: PyTree, y: PyTree) -> bool:
     return struct(x) == struct(y)
 
 
+def _split_times(fns: Functions, others: tuple, times: tuple) -> tuple[tuple, tuple]:
+    """The arguments of a function that are constants, and those that are not."""
+    return (others, times) if fns.times_vary else ((*others, *times), ())
+
+
 class GenericPullback(AbstractPullback):
     restores_start = True
 
@@ -121,19 +143,19 @@ class GenericPullback(AbstractPullback):
     def add_functions(self, hoister, terms, args, step):
         solver = self.solver
 
-        def _step(t0, t1, made_jump, y0, solver_state):
+        def _step(made_jump, t0, t1, y0, solver_state):
             y1, _, dense_info, solver_state, _ = solver.step(
                 terms, t0, t1, y0, args, solver_state, made_jump
             )
             return y1, solver_state, dense_info
 
-        def _backward_step(t0, t1, made_jump, y1, solver_state):
+        def _backward_step(made_jump, t0, t1, y1, solver_state):
             y0, _, solver_state = solver.backward_step(
                 terms, t0, t1, y1, args, solver_state, made_jump
             )
             return y0, solver_state
 
-        example = (step.t0, step.t1, step.made_jump, step.y1, step.solver_state)
+        example = (step.made_jump, step.t0, step.t1, step.y1, step.solver_state)
         y1, solver_state1, _ = hoister.add("step", _step, *example)
         y0, solver_state0 = hoister.add("backward_step", _backward_step, *example)
         for name, before, after in (
@@ -148,24 +170,30 @@ class GenericPullback(AbstractPullback):
                     f"{eqx.tree_pformat(after)}."
                 )
 
-    def unsupported(self, hoisted, differentiated, perturbed):
-        return None
-
     def prime(self, fns, t1, y1, solver_state):
         return None
 
     def rebuild(self, fns, carry, step, restore, want_dense_info):
-        args = (step.t0, step.t1, step.made_jump)
+        times = (step.t0, step.t1)
         y0, solver_state0, drift = restore(
-            *fns.call("backward_step", *args, step.y1, step.solver_state)
+            *fns.call(
+                "backward_step", step.made_jump, *times, step.y1, step.solver_state
+            )
         )
-        (_, _, dense_info), pull_step = fns.vjp("step", args, (y0, solver_state0))
+        constant, varying = _split_times(fns, (step.made_jump,), times)
+        (_, _, dense_info), pull_step = fns.vjp(
+            "step", constant, (*varying, y0, solver_state0)
+        )
 
         def pull(grad_y1, grad_solver_state1, grad_dense_info):
-            grad_consts, (grad_y0, grad_solver_state0) = pull_step(
+            grad_consts, (*grad_times, grad_y0, grad_solver_state0) = pull_step(
                 (grad_y1, grad_solver_state1, grad_dense_info)
             )
-            return grad_consts, grad_y0, grad_solver_state0, carry
+            grad_t0, grad_t1 = grad_times if fns.times_vary else (None, None)
+            return (
+                Grads(grad_consts, grad_y0, grad_solver_state0, grad_t0, grad_t1),
+                carry,
+            )
 
         return Rebuilt(y0, solver_state0, drift, dense_info, pull)
 
@@ -173,8 +201,13 @@ class GenericPullback(AbstractPullback):
 class CouplingPullback(AbstractPullback):
     solver: AbstractCouplingSolver
 
-    def __init__(self, solver: AbstractCouplingSolver):
+    def __init__(
+        self,
+        solver: AbstractCouplingSolver,
+        fallback: AbstractPullback | None,
+    ):
         self.solver = solver
+        self.fallback = fallback
         self.couplings = solver.checked_couplings()
         self.last = len(self.couplings) - 1
         self.restores_start = solver.has_evaluate
@@ -183,28 +216,30 @@ class CouplingPullback(AbstractPullback):
         return self.solver.has_evaluate and k in (0, self.last)
 
     def add_functions(self, hoister, terms, args, step):
+        if self.fallback is not None:
+            self.fallback.add_functions(hoister, terms, args, step)
         solver = self.solver
         registers1, value, fixed, _ = solver.arrange(step.y1, step.solver_state)
         registers = solver._unpermute(registers1)
         t0, t1 = step.t0, step.t1
         control = hoister.add(
             "control",
-            lambda t0, t1, fixed: solver.control(terms, t0, t1, fixed),
+            lambda fixed, t0, t1: solver.control(terms, t0, t1, fixed),
+            fixed,
             t0,
             t1,
-            fixed,
         )
         infos = []
         for k, coupling in enumerate(self.couplings):
 
-            def shift(t0, t1, fixed, control, others, value, coupling=coupling):
+            def shift(fixed, t0, t1, control, others, value, coupling=coupling):
                 info = StepInfo(terms, t0, t1, args, control, fixed, value)
                 return coupling.shift(info, others)
 
             others = coupling.others(registers)
             value_k = value if self._has_value(k) else None
             _, info_k = hoister.add(
-                f"shift_{k}", shift, t0, t1, fixed, control, others, value_k
+                f"shift_{k}", shift, fixed, t0, t1, control, others, value_k
             )
             infos.append(info_k)
             if callable(coupling.scale):
@@ -220,19 +255,16 @@ class CouplingPullback(AbstractPullback):
                 others,
             )
 
-    def unsupported(self, hoisted, differentiated, perturbed):
+    def choose(self, fns, perturbed_solver_state):
         # What is recorded is taken for a constant here.
-        if any(jtu.tree_leaves(self.solver.recorded(perturbed))) or (
-            not differentiated.isdisjoint(hoisted.uses("next_fixed"))
+        perturbed = self.solver.recorded(perturbed_solver_state)
+        if self.fallback is not None and (
+            fns.times_vary
+            or any(jtu.tree_leaves(perturbed))
+            or fns.depends("next_fixed")
         ):
-            name = type(self.solver).__name__
-            return (
-                f"The part of the solver state that `{name}.recorded` selects depends "
-                "on something that is differentiated. An `AbstractCouplingSolver` "
-                "takes it for a constant. Use `jax.lax.stop_gradient` on it if that is "
-                "meant, or else write the solver as an `AbstractReversibleSolver`."
-            )
-        return None
+            return self.fallback
+        return self
 
     def _scale(self, fns, k, fixed):
         """The scale, and a function that takes its gradient to the constants."""
@@ -247,14 +279,20 @@ class CouplingPullback(AbstractPullback):
             return None
         registers1 = self.solver.split(y1, solver_state).registers
         others = self.couplings[-1].others(self.solver._unpermute(registers1))
-        _, residuals, _ = fns.linearise("evaluate", (t1,), (others,))
+        arguments = self._evaluate_arguments(fns, t1, others)
+        _, residuals, _ = fns.linearise("evaluate", *arguments)
         return residuals
+
+    def _evaluate_arguments(self, fns, t, others):
+        constant, varying = _split_times(fns, (), (t,))
+        return constant, (*varying, others)
 
     def rebuild(self, fns, carry, step, restore, want_dense_info):
         solver = self.solver
         registers1, value1, fixed, memo = solver.arrange(step.y1, step.solver_state)
-        control, pull_control = fns.vjp("control", (step.t0, step.t1, fixed), ())
-        control_varies = fns.depends("control")
+        constant, varying_times = _split_times(fns, (fixed,), (step.t0, step.t1))
+        control, pull_control = fns.vjp("control", constant, varying_times)
+        control_varies = fns.times_vary or fns.depends("control")
 
         registers = solver._unpermute(registers1)
         value0 = residuals0 = with_residuals = None
@@ -270,17 +308,18 @@ class CouplingPullback(AbstractPullback):
             if self._has_value(k):
                 if k == 0:
                     value0, residuals0, with_residuals = fns.linearise(
-                        "evaluate", (step.t0,), (others,)
+                        "evaluate", *self._evaluate_arguments(fns, step.t0, others)
                     )
                     value = value0
                 else:
                     value = value1
-            times = (step.t0, step.t1, fixed)
             if control_varies:
-                constant, varying = times, (control, others, value)
+                own_constant, varying = constant, (control, others, value)
             else:
-                constant, varying = (*times, control), (others, value)
-            (shift, infos[k]), pulls[k] = fns.vjp(f"shift_{k}", constant, varying)
+                own_constant, varying = (*constant, control), (others, value)
+            (shift, infos[k]), pulls[k] = fns.vjp(
+                f"shift_{k}", own_constant, (*varying_times, *varying)
+            )
             scales[k], pull_scales[k] = self._scale(fns, k, fixed)
             coupling.undo(registers, scales[k], shift, fixed)
             unscaled[k] = registers[coupling.register]
@@ -309,6 +348,7 @@ class CouplingPullback(AbstractPullback):
             )
             grad_consts: dict[int, Any] = {}
             grad_control = grad_value0 = grad_finish0 = None
+            grad_times: tuple = (None, None)
             grad_infos: tuple = (None,) * len(self.couplings)
 
             def add_consts(new):
@@ -327,13 +367,14 @@ class CouplingPullback(AbstractPullback):
             for k in reversed(range(len(self.couplings))):
                 coupling = self.couplings[k]
                 i = coupling.register
-                new, (*grad_control_k, grad_others, grad_value_k) = pulls[k](
+                new, (*grad_others_k, grad_others, grad_value_k) = pulls[k](
                     (coupling.grad_shift(grads), grad_infos[k])
                 )
                 add_consts(new)
                 if control_varies:
-                    [grad_control_k] = grad_control_k
-                    grad_control = tree_add(grad_control, grad_control_k)
+                    grad_control = tree_add(grad_control, grad_others_k.pop())
+                if fns.times_vary:
+                    grad_times = tree_add(grad_times, tuple(grad_others_k))
                 if pull_scales[k] is not None:
                     _, pull_product = jax.vjp(
                         lambda s, k=k: jtu.tree_map(lambda x: s * x, unscaled[k]),
@@ -348,20 +389,27 @@ class CouplingPullback(AbstractPullback):
                         grad_value0 = grad_value_k
                     else:
                         assert pull_value1 is not None
-                        new, (grad_others,) = pull_value1(
+                        new, (*grad_t1, grad_others) = pull_value1(
                             tree_add(grad_value1, grad_value_k)
                         )
                         add_consts(new)
+                        if fns.times_vary:
+                            grad_times = tree_add(grad_times, (None, *grad_t1))
                         coupling.add_others(grads, grad_others)
             if control_varies:
-                new, _ = pull_control(grad_control)
+                new, grad_times_control = pull_control(grad_control)
                 add_consts(new)
+                if fns.times_vary:
+                    grad_times = tree_add(grad_times, grad_times_control)
             if grad_finish0 is not None:
                 grads = [tree_add(g, h) for g, h in zip(grads, grad_finish0)]
             grad_y0, grad_solver_state0 = solver.merge(
                 Registers(tuple(grads), grad_value0, grad_fixed, grad_memo)
             )
-            return grad_consts, grad_y0, grad_solver_state0, next_carry
+            return (
+                Grads(grad_consts, grad_y0, grad_solver_state0, *grad_times),
+                next_carry,
+            )
 
         return Rebuilt(y0, solver_state0, drift, dense_info, pull)
 
@@ -376,10 +424,15 @@ def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree
     return y
 
 
-def make_pullback(solver: AbstractReversibleSolver, made_jump: Any) -> AbstractPullback:
-    if isinstance(solver, AbstractCouplingSolver) and not (
+def make_pullback(
+    solver: AbstractReversibleSolver, solver_state: PyTree, made_jump: Any
+) -> AbstractPullback:
+    if not isinstance(solver, AbstractCouplingSolver) or (
         # After a jump, or a reset, the value at hand is not that from the step before.
         solver.has_evaluate and (solver.resets or made_jump is not False)
     ):
-        return CouplingPullback(solver)
-    return GenericPullback(solver)
+        return GenericPullback(solver)
+    # What is recorded may be among what is differentiated, if it is not only counters.
+    recorded = solver.recorded(solver_state)
+    has_floats = any(map(eqx.is_inexact_array, jtu.tree_leaves(recorded)))
+    return CouplingPullback(solver, GenericPullback(solver) if has_floats else None)

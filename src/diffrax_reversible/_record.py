@@ -18,13 +18,15 @@ _MAX_BUMPS = 4
 _JUMP_BIT = 0x80
 # Messages about too few slots name a power of two up to this one.
 _MAX_LOG2_SLOTS = 24
+# With `max_steps=None`: how many steps are recorded at a time.
+WINDOW = 2**16
 
 
 class Record(NamedTuple):
     # Those annotated `Any` are arrays, or within the loop Equinox's buffers.
     #
-    # `tnext` of every accepted step. The number of accepted steps is in the host's
-    # state.
+    # `tnext` of every accepted step, or of the last `WINDOW` of them. The number of
+    # accepted steps is in the host's state.
     times: Any
     # If there may be jumps: by how much the start of the step differs from the end of
     # the step before, and whether there was a jump.
@@ -50,7 +52,7 @@ class Recorder:
         solver: AbstractReversibleSolver,
         made_jump: Any,
         has_slots: bool,
-        max_steps: int,
+        max_steps: int | None,
         num_slots: int,
         checkpoint_every: int | None,
     ):
@@ -59,9 +61,14 @@ class Recorder:
         self.made_jump = made_jump
         self._has_jumps = made_jump is not False
         self._has_slots = has_slots
-        self._max_steps = max_steps
+        # Whether the record may be too short, and has to be made again on the way back.
+        self.is_window = max_steps is None
+        self.length = WINDOW if max_steps is None else max(max_steps, 1)
         self._num_slots = num_slots
         self._checkpoint_every = checkpoint_every
+
+    def _place(self, index: Array) -> Array:
+        return index % self.length if self.is_window else index
 
     def _recorded_leaves(self, solver_state: PyTree) -> list[Array]:
         return [
@@ -72,9 +79,10 @@ class Recorder:
     # On the way forward
     #
 
-    def init(self, init_state) -> Record:
-        n = max(self._max_steps, 1)
+    def init(self, init_state, has_slots: bool = True) -> Record:
+        n = self.length
         tprev = init_state.tprev
+        has_slots = has_slots and self._has_slots
 
         def make(length, x):
             return jnp.zeros((length, *jnp.shape(x)), jnp.result_type(x))
@@ -89,14 +97,10 @@ class Recorder:
                 jnp.broadcast_to(x, (n, *x.shape))
                 for x in self._recorded_leaves(init_state.solver_state)
             ],
-            slot_index=jnp.zeros(self._num_slots, jnp.int32)
-            if self._has_slots
-            else None,
-            slot_is_undone=jnp.zeros(self._num_slots, bool)
-            if self._has_slots
-            else None,
+            slot_index=jnp.zeros(self._num_slots, jnp.int32) if has_slots else None,
+            slot_is_undone=jnp.zeros(self._num_slots, bool) if has_slots else None,
             slots=jtu.tree_map(lambda x: make(self._num_slots, x), stored)
-            if self._has_slots
+            if has_slots
             else None,
             num_wanted=jnp.array(0),
             t_last=tprev,
@@ -121,9 +125,10 @@ class Recorder:
         def put(buffer, i, x, pred):
             return eqxi.buffer_at_set(buffer, i, x, pred=pred)
 
-        times = put(record.times, index, state.tnext, accepted)
+        place = self._place(index)
+        times = put(record.times, place, state.tnext, accepted)
         recorded = [
-            put(buffer, index, x, accepted)
+            put(buffer, place, x, accepted)
             for buffer, x in zip(
                 record.recorded, self._recorded_leaves(state.solver_state)
             )
@@ -139,12 +144,12 @@ class Recorder:
             code = bumps | jnp.where(
                 state.made_jump, jnp.uint8(_JUMP_BIT), jnp.uint8(0)
             )
-            jumps = put(record.jumps, index, code, accepted)
+            jumps = put(record.jumps, place, code, accepted)
         else:
             is_consistent = state.tprev == t
             jumps = None
 
-        if self._has_slots:
+        if record.slots is not None:
             states = (state.solver_state, new_state.solver_state, state.made_jump)
             needs = self._solver.needs_checkpoint(*states)
             wants = needs | self._solver.wants_checkpoint(*states)
@@ -190,17 +195,26 @@ class Recorder:
 
     def last_time(self, record: Record, num_steps: Array) -> Array:
         """The end of the last of `num_steps` steps."""
-        return record.times[jnp.maximum(num_steps - 1, 0)]
+        return record.times[self._place(jnp.maximum(num_steps - 1, 0))]
+
+    def first_step(self, num_steps: Array) -> Array:
+        """The first step that can be read, if the record was made of `num_steps`."""
+        # One more is lost, as reading a step looks at the end of the one before.
+        return jnp.where(
+            num_steps <= self.length, 0, jnp.maximum(num_steps - self.length + 1, 0)
+        )
+
+    def replace_steps(self, record: Record, of: Record) -> Record:
+        """`record`, with the steps of another."""
+        return record._replace(times=of.times, jumps=of.jumps, recorded=of.recorded)
 
     def read_times(self, record: Record, init_state, index: Array):
         """The end of the step before, the start of the step, and `made_jump` at it."""
-        t_prev = jnp.where(
-            index > 0, record.times[jnp.maximum(index - 1, 0)], init_state.tprev
-        )
+        t_prev = jnp.where(index > 0, self.last_time(record, index), init_state.tprev)
         if not self._has_jumps:
             return t_prev, t_prev, False
         assert record.jumps is not None
-        code = record.jumps[index]
+        code = record.jumps[self._place(index)]
         bumps = code & jnp.uint8(_JUMP_BIT - 1)
         t0 = t = t_prev
         for k in range(1, _MAX_BUMPS + 1):
@@ -213,7 +227,8 @@ class Recorder:
         if len(record.recorded) == 0:
             return solver_state
         where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
-        return eqx.tree_at(where, solver_state, [x[index] for x in record.recorded])
+        place = self._place(index)
+        return eqx.tree_at(where, solver_state, [x[place] for x in record.recorded])
 
     def stop_recorded(self, y: PyTree, solver_state: PyTree) -> PyTree:
         """With couplings, what is recorded is a constant, as is the memo."""
@@ -260,9 +275,18 @@ class Recorder:
         passed = active & is_here & (num_slots > 0)
         return num_slots - jnp.where(passed, 1, 0), is_here, is_undone, read
 
-    def check(self, record: Record, grads: PyTree) -> PyTree:
+    def check(self, record: Record, grads: PyTree, is_repeated: Any) -> PyTree:
         """Raises an error if something went wrong on the way forward that spoils the
         gradient but not the solution."""
+        if self.is_window:
+            grads = eqx.error_if(
+                grads,
+                ~is_repeated,
+                f"This solve makes more than {self.length} steps, and with "
+                "`max_steps=None` they are made again on the backward pass. That did "
+                "not lead to the same steps, because of rounding. Put a bound on the "
+                "number of steps: the memory for it is 8 or 9 bytes a step.",
+            )
         grads = eqx.error_if(
             grads,
             ~record.is_consistent,
@@ -292,7 +316,7 @@ def make_recorder(
     stepsize_controller,
     init_state,
     args,
-    max_steps: int,
+    max_steps: int | None,
     num_slots: int,
     checkpoint_every: int | None,
 ) -> Recorder:
