@@ -284,7 +284,7 @@ def _outer_while_loop(
             kind="lax",
         )
 
-    def rerun(init_state, stop):
+    def rerun(stop):
         _, record = run(init_state, has_slots=False, stop=stop)
         return record
 
@@ -306,7 +306,7 @@ def _outer_while_loop(
     hoister.add("run", run, init_state)
     if recorder.is_window:
         progress_meter.is_on = False
-        hoister.add("rerun", rerun, init_state, jnp.array(0))
+        hoister.add("rerun", rerun, jnp.array(0))
         progress_meter.is_on = True
     hoisted, consts = hoister.finish()
 
@@ -688,8 +688,8 @@ def _loop_bwd(
                 is_done,
                 jnp.minimum(ends.num_steps, recorder.length),
                 carry.num_steps,
-            )
-            again = hoisted.call("rerun", consts, init_state, stop)
+            ).astype(jnp.result_type(int))
+            again = hoisted.call("rerun", consts, stop)
             record = recorder.replace_steps(record, again)
             is_same = again.t_last == carry.t1
             is_consistent = is_consistent & (is_same | is_done)

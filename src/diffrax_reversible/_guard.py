@@ -29,7 +29,6 @@ _linear_p = jex.core.Primitive("diffrax_reversible_reverse_only_linear")
 for _p in (_reverse_only_p, _linear_p):
     _p.multiple_results = True
     _p.def_abstract_eval(lambda *xs: list(xs))
-    batching.primitive_batchers[_p] = lambda xs, dims, _p=_p: (_p.bind(*xs), dims)
 
 
 def _refuse(*args, **kwargs):
@@ -50,8 +49,14 @@ _reverse_only_p.def_impl(lambda *xs: list(xs))
 mlir.register_lowering(
     _reverse_only_p, mlir.lower_fun(lambda *xs: list(xs), multiple_results=True)
 )
+batching.primitive_batchers[_reverse_only_p] = lambda xs, dims: (
+    _reverse_only_p.bind(*xs),
+    dims,
+)
 ad.primitive_jvps[_reverse_only_p] = _jvp
 _linear_p.def_impl(_refuse)
+# As JAX does for a `custom_vjp`: it is never batched before it is transposed.
+batching.primitive_batchers[_linear_p] = _refuse
 mlir.register_lowering(_linear_p, _refuse)
 ad.primitive_transposes[_linear_p] = lambda grads, *args: grads
 
