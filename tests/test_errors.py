@@ -90,12 +90,6 @@ def test_solver_is_not_reversible(solver, remedy):
         solve(solver=solver)
 
 
-def test_event():
-    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] < 0.5)
-    with pytest.raises(NotImplementedError, match="event=..."):
-        solve(event=event)
-
-
 def test_unsafe_brownian_path():
     path = diffrax.UnsafeBrownianPath((), jax.random.key(0))
     terms = diffrax.ControlTerm(lambda t, y, args: y, path)
@@ -103,37 +97,28 @@ def test_unsafe_brownian_path():
         solve(jnp.array(1.0), terms=terms)
 
 
-TS = jnp.array([0.2, 0.6])
-PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+class _OwnController(diffrax.AbstractStepSizeController):
+    """Constant steps, of a size that it has from the user."""
+
+    dt: jax.Array
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + self.dt, None
+
+    def adapt_step_size(self, t0, t1, *args):
+        return True, t1, t1 + self.dt, False, None, diffrax.RESULTS.successful
 
 
-@pytest.mark.parametrize(
-    "name,value,solve_with",
-    [
-        ("t0", 0.0, lambda x: solve(t0=x)),
-        ("t1", 1.0, lambda x: solve(t1=x)),
-        ("dt0", 0.1, lambda x: solve(dt0=x)),
-        ("ts", TS, lambda x: solve(saveat=diffrax.SaveAt(ts=x))),
-        (
-            "step_ts",
-            TS,
-            lambda x: solve(
-                stepsize_controller=diffrax.ClipStepSizeController(PID, step_ts=x)
-            ),
-        ),
-        (
-            "StepTo",
-            jnp.array([0.0, 0.5, 1.0]),
-            lambda x: solve(dt0=None, stepsize_controller=diffrax.StepTo(x)),
-        ),
-        ("t1 with PID", 1.0, lambda x: solve(t1=x, stepsize_controller=PID)),
-    ],
-)
-def test_gradient_of_times(name, value, solve_with):
-    value = jnp.asarray(value)
-    assert jnp.all(jnp.isfinite(solve_with(value).ys))
-    with pytest.raises(NotImplementedError, match="times of a solve"):
-        jax.grad(lambda x: jnp.sum(solve_with(x).ys))(value)
+def test_controller_of_another_kind():
+    def loss(dt):
+        return jnp.sum(solve(stepsize_controller=_OwnController(dt)).ys)
+
+    assert loss(jnp.array(0.1)) > 0
+    with pytest.raises(NotImplementedError, match="not one of diffrax's own"):
+        jax.grad(loss)(jnp.array(0.1))
 
 
 def test_gradient_of_tolerances_is_zero():
@@ -146,10 +131,28 @@ def test_gradient_of_tolerances_is_zero():
     assert gradient(jnp.array(1e-3)) == 0
 
 
-def test_no_bound_on_steps():
-    assert jnp.all(jnp.isfinite(solve(max_steps=None).ys))
-    with pytest.raises(Exception, match="bound on the number of steps"):
-        jax.grad(lambda y0: jnp.sum(solve(y0, max_steps=None).ys))(jnp.ones(2))
+def _loss(y0):
+    return jnp.sum(solve(y0).ys ** 2)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_forward_mode(transform):
+    y0 = jnp.ones(2)
+    for derivative in (
+        jax.jacfwd(_loss),
+        lambda y0: jax.jvp(_loss, (y0,), (y0,)),
+        lambda y0: jax.linearize(_loss, y0)[1](y0),
+    ):
+        with pytest.raises(NotImplementedError, match=r"adjoint=diffrax.ForwardMode"):
+            transform(derivative)(y0)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_reverse_over_reverse(transform):
+    gradient = jax.grad(_loss)
+    for derivative in (jax.jacrev(gradient), jax.grad(lambda y0: gradient(y0)[0])):
+        with pytest.raises(RuntimeError, match=r"adjoint=diffrax.DirectAdjoint"):
+            transform(derivative)(jnp.ones(2))
 
 
 @pytest.mark.parametrize("checkpoints", [-1, True])

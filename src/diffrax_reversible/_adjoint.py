@@ -43,21 +43,32 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     there are a fixed number of checkpoints, for a solver to ask for; and wherever the
     backward pass arrives at one, and at the start of the solve, what has been rebuilt
     is compared with what is stored. The number of them that was asked for is
-    `sol.stats["num_checkpoints"]` (not with `max_steps=None`).
+    `sol.stats["num_checkpoints"]`.
 
     Gradients are computed with respect to `y0`, `args`, everything differentiable in
-    `terms`, and values that the vector field, the control or `SaveAt(fn=...)` close
-    over. The locations of the steps are constants for the purpose of differentiation,
-    as are the parameters of the step size controller; with
-    [`diffrax.RecursiveCheckpointAdjoint`][] it is the same.
+    `terms`, and values that the vector field, the control, the event function or
+    `SaveAt(fn=...)` close over. And with respect to `t0`, `t1`, `SaveAt(ts=...)`, and
+    the times in [`diffrax.StepTo`][] and [`diffrax.ClipStepSizeController`][]. All
+    other locations of steps are constants for the purpose of differentiation, and so
+    are `dt0` and the parameters of the step size controller. (The solution depends on
+    them only through its error. So the gradient with respect to a time is that of the
+    true solution up to the order of the solver, and so it is with respect to a jump;
+    but finite differences of a coarse solve differ from it.)
+
+    With `max_steps=None` the times of the last 65536 steps are recorded. If there are
+    more then parts of the solve are run again on the backward pass, always from its
+    start: for 2e5 steps that costs another solve in all, and for 1e6 steps seven.
+
+    Second derivatives can be had by forward over reverse mode, `jax.jvp` of `jax.grad`;
+    but see [`diffrax_reversible.UReversible`][] on steps that are damped.
 
     **Raises:**
 
     - `ValueError` if the solver is not reversible, or for a
         [`diffrax.UnsafeBrownianPath`][].
-    - `NotImplementedError` for `diffeqsolve(event=...)`; and when differentiating with
-        respect to `t0`, `t1`, `dt0`, `SaveAt(ts=...)` or the times in a step size
-        controller.
+    - `NotImplementedError` in forward mode; and when differentiating with respect to
+        something in a step size controller that is not one of diffrax's own.
+    - `RuntimeError` in reverse over reverse mode.
     - `RuntimeError`, by the gradient alone and under `jax.jit` too, if the solver asked
         for more checkpoints than there are; if the backward pass does not arrive at the
         stored states to `drift_tolerance`; or if these or the gradient are not finite.
