@@ -642,8 +642,9 @@ def _loop_bwd(
             drift=jnp.maximum(carry.drift, rebuilt.drift),
         )
 
-    t1 = recorder.last_time(record, ends.num_steps)
     no_steps = ends.num_steps == 0
+    # (There may be one that was rejected.)
+    t1 = jnp.where(no_steps, ends.tprev, recorder.last_time(record, ends.num_steps))
     grad_times = times_.zeros(wanted, times)
     event_is_lost = None
     if times_vary:

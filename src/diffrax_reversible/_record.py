@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -89,8 +90,8 @@ class Recorder:
 
         stored = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array)
         return Record(
-            # An element of a batch may read here, and in `recorded`, though it never
-            # made a step. So these hold what a step of length zero would have put.
+            # An element of a batch may read here though it never made a step. So these
+            # hold what a step of length zero would have put.
             times=jnp.full(n, tprev),
             jumps=jnp.zeros(n, jnp.uint8) if self._has_jumps else None,
             recorded=[
@@ -122,13 +123,11 @@ class Recorder:
         index = state.num_accepted_steps
         accepted = new_state.num_accepted_steps > index
 
-        def put(buffer, i, x, pred):
-            return eqxi.buffer_at_set(buffer, i, x, pred=pred)
-
+        # If the step was rejected then the next one is put into the same place.
         place = self._place(index)
-        times = put(record.times, place, state.tnext, accepted)
+        times = record.times.at[place].set(state.tnext)
         recorded = [
-            put(buffer, place, x, accepted)
+            buffer.at[place].set(x)
             for buffer, x in zip(
                 record.recorded, self._recorded_leaves(state.solver_state)
             )
@@ -144,7 +143,7 @@ class Recorder:
             code = bumps | jnp.where(
                 state.made_jump, jnp.uint8(_JUMP_BIT), jnp.uint8(0)
             )
-            jumps = put(record.jumps, place, code, accepted)
+            jumps = record.jumps.at[place].set(code)
         else:
             is_consistent = state.tprev == t
             jumps = None
@@ -157,21 +156,22 @@ class Recorder:
                 wants = wants | ((index > 0) & (index % self._checkpoint_every == 0))
             wants = accepted & wants
             slot = record.num_wanted
-            store = wants & (slot < self._num_slots)
-            stored = eqx.filter((state.y, state.solver_state), eqx.is_array)
-            slot_index, slot_is_undone, slots = (
-                record.slot_index,
-                record.slot_is_undone,
-                record.slots,
-            )
+            slots = (record.slot_index, record.slot_is_undone, record.slots)
             if self._num_slots > 0:
-                slot_index = put(slot_index, slot, index, store)
-                is_undone = ~jnp.asarray(needs)
-                slot_is_undone = put(slot_is_undone, slot, is_undone, store)
-                # In the loop buffers are nodes, not leaves.
-                slots = jtu.tree_map(
-                    lambda x, buffer: put(buffer, slot, x, store), stored, slots
+                store = wants & (slot < self._num_slots)
+                stored = eqx.filter((state.y, state.solver_state), eqx.is_array)
+                values = (index, ~jnp.asarray(needs), stored)
+
+                def put(x, buffer):
+                    return eqxi.buffer_at_set(buffer, slot, x, pred=store)
+
+                slots = lax.cond(
+                    eqxi.unvmap_any(store),
+                    # In the loop buffers are nodes, not leaves.
+                    lambda: jtu.tree_map(put, values, slots),
+                    lambda: slots,
                 )
+            slot_index, slot_is_undone, slots = slots
             num_wanted = slot + jnp.where(wants, 1, 0)
         else:
             slot_index = slot_is_undone = slots = None
