@@ -76,6 +76,15 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """All benchmarks but the study of stability, which takes hours."""
+    session.install("-e", ".[examples]")
+    for name in ("gradient", "memory", "compiling", "work_precision"):
+        picture = f"{session.create_tmp()}/{name}.png"
+        session.run("python", f"examples/benchmarks/{name}.py", "--output", picture)
+
+
+@nox.session
 def examples(session: nox.Session) -> None:
     """The examples, at their full size."""
     session.install("-e", ".[examples]")

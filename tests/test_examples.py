@@ -44,12 +44,16 @@ def test_hare_lynx(tmp_path, capsys):
     assert "alpha" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["gradient", "memory", "compiling", "work_precision"])
 @pytest.mark.usefixtures("users_settings")
-def test_benchmark(capsys):
-    ratios, memory = _load("benchmarks/gradient.py").main(["--quick"])
-    assert len(ratios) == 1
-    assert all(ours > 0 for _, ours in memory.values())
-    assert "Lotka--Volterra, ReversibleHeun |" in capsys.readouterr().out
+def test_benchmark(name, tmp_path, capsys, monkeypatch):
+    # They import from each other.
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    output = tmp_path / "plot.png"
+    table = _load(f"benchmarks/{name}.py").main(["--quick", "--output", str(output)])
+    assert len(table) > 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("|") > 10
 
 
 @pytest.mark.usefixtures("users_settings")

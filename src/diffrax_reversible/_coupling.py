@@ -56,9 +56,7 @@ class Registers(NamedTuple):
 
 def _times(scale: Any, x: Any):
     """`scale * x`, of the dtype of `x`."""
-    if eqx.is_array(scale):
-        scale = scale.astype(jnp.finfo(x.dtype).dtype)
-    return scale * x
+    return (scale.astype(x.dtype) if eqx.is_array(scale) else scale) * x
 
 
 @jax.custom_jvp
@@ -76,9 +74,7 @@ def _scaled_jvp(primals, tangents):
 
 
 def _over(scale: Any, x: Any):
-    if eqx.is_array(scale):
-        scale = scale.astype(jnp.finfo(x.dtype).dtype)
-    return x / scale
+    return x / (scale.astype(x.dtype) if eqx.is_array(scale) else scale)
 
 
 @jax.custom_jvp

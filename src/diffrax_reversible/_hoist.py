@@ -89,6 +89,8 @@ class Hoisted:
             for k, const in zip(which, diff_consts):
                 all_own[k] = const
             out = self._bind(name, all_own)(*args, *eqx.combine(dynamic, fixed))
+            # A constant among the outputs is no JAX array.
+            out = jtu.tree_map(lambda x: jnp.asarray(x) if _is_number(x) else x, out)
             return eqx.partition(out, eqx.is_inexact_array)
 
         out, pull, aux = jax.vjp(fn, [own[k] for k in which], dynamic, has_aux=True)
@@ -142,6 +144,10 @@ class Hoister:
 
     def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
         return Hoisted(dict(self._functions)), tuple(self._consts)
+
+
+def _is_number(x: Any) -> bool:
+    return eqx.is_array_like(x) and not eqx.is_array(x)
 
 
 def materialise(grad: PyTree, like: PyTree) -> PyTree:

@@ -1,0 +1,87 @@
+"""Memory and time of a gradient against the number of steps.
+
+    python examples/benchmarks/memory.py [--quick] [--output memory.png]
+
+For `y' = -a sin(y)` with `y` of 10^4 numbers, solved by `Tsit5` with fixed steps: what
+the compiler allocates for temporaries (exact, and free of noise), and the median time,
+of `RecursiveCheckpointAdjoint` and of `ReversibleAdjoint` with and without slots for
+checkpoints.
+"""
+
+import argparse
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from gradient import compile_gradient, DEFAULT, loss_of, medians, OURS
+
+from diffrax_reversible import ReversibleAdjoint, UReversible
+
+
+COLUMNS = {
+    "default": (diffrax.Tsit5(), DEFAULT),
+    "ours": (UReversible(diffrax.Tsit5()), OURS),
+    "ours, checkpoints=0": (
+        UReversible(diffrax.Tsit5(), 0.999),
+        ReversibleAdjoint(checkpoints=0),
+    ),
+}
+
+
+def temporary_bytes(compiled):
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def plot(table, filename):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = list(table)
+    for k, name in enumerate(COLUMNS):
+        left.plot(steps, [table[n][k][0] / 1e6 for n in steps], "o-", label=name)
+        right.plot(steps, [table[n][k][1] for n in steps], "o-", label=name)
+    left.set_ylabel("memory, MB")
+    right.set_ylabel("time of a gradient, s")
+    right.set_yscale("log")
+    for ax in (left, right):
+        ax.set_xscale("log")
+        ax.set_xlabel("steps")
+    left.legend()
+    figure.savefig(filename)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Memory of the gradient of a solve.")
+    parser.add_argument("--quick", action="store_true", help="a small size")
+    parser.add_argument("--output", help="where to save a plot")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_enable_x64", True)
+    size = 100 if args.quick else 10_000
+    steps = (10, 20) if args.quick else (100, 1000, 10_000, 100_000)
+    problem = (lambda t, y, p: -p * jnp.sin(y), jnp.ones(size), jnp.array(0.5))
+
+    print(f"Temporary memory in MB, and time in ms; y of {size} numbers.\n")
+    print("| steps | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    table = {}
+    for n in steps:
+        compiled = [
+            compile_gradient(*loss_of(problem, solver, adjoint, n))
+            for solver, adjoint in COLUMNS.values()
+        ]
+        # Long solves are timed once.
+        times = medians([run for run, _, _ in compiled], 3 if n <= 10_000 else 1)
+        sizes = [temporary_bytes(c) for _, c, _ in compiled]
+        table[n] = list(zip(sizes, times))
+        cells = [f"{b / 1e6:.2f}, {1e3 * t:.0f}" for b, t in table[n]]
+        print(f"| {n} | " + " | ".join(cells) + " |", flush=True)
+    if args.output is not None:
+        plot(table, args.output)
+    return table
+
+
+if __name__ == "__main__":
+    main()
