@@ -1,0 +1,556 @@
+"""Gradients with respect to times: of the start, the end, what is saved, the steps."""
+
+import functools as ft
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import pytest
+
+import diffrax_reversible as dfxr
+
+from .derivatives import ADJOINT, agree, everything
+from .helpers import relative_difference
+from .test_gradient import TOL, weighted_sum
+
+
+RK = dfxr.UReversible(diffrax.Heun())
+HEUN = dfxr.ReversibleHeun()
+PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+MAX_STEPS = 32
+
+
+#
+# Where the method makes no error
+#
+
+
+# Quadratic solutions, and their interpolation, are exact in `Heun`: whatever the
+# locations of the steps are, and however these depend on anything.
+def ramp(t, y, args):
+    return args[0] + args[1] * t
+
+
+def ramp_exact(t0, t, y0, args):
+    return y0 + args[0] * (t - t0) + args[1] * (t**2 - t0**2) / 2
+
+
+def saved(t, y, args):
+    return {"y": y * jnp.cos(t), "t": t**2 * args[1]}
+
+
+SLOPES = (jnp.array([0.5, -1.0]), jnp.array([1.2, 0.4]))
+Y0 = jnp.array([0.3, -0.2])
+FRACTIONS = jnp.array([0.0, 0.12, 0.5, 0.5, 0.77, 1.0])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("controller", ["constant", "pid", "pid-dt0", "clip", "jump"])
+def test_quadratic(controller, sign):
+    stepsize_controller, dt0 = {
+        "constant": (diffrax.ConstantStepSize(), 0.13),
+        "pid": (PID, None),
+        "pid-dt0": (PID, 0.05),
+        "clip": (
+            diffrax.ClipStepSizeController(
+                PID, step_ts=[0.4 * sign], store_rejected_steps=3
+            ),
+            0.1,
+        ),
+        "jump": (
+            diffrax.ClipStepSizeController(PID, jump_ts=[0.4 * sign, 0.6 * sign]),
+            0.1,
+        ),
+    }[controller]
+    dt0 = None if dt0 is None else sign * dt0
+
+    def ours(params):
+        y0, args, t0, t1, ts = params
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(ramp),
+            RK,
+            t0,
+            t1,
+            dt0,
+            y0,
+            args,
+            saveat=diffrax.SaveAt(t0=True, t1=True, ts=ts, fn=saved),
+            stepsize_controller=stepsize_controller,
+            adjoint=ADJOINT,
+            max_steps=MAX_STEPS,
+        )
+        return weighted_sum(sol.ys) + weighted_sum(sol.ts)
+
+    def exact(params):
+        y0, args, t0, t1, ts = params
+        ts = jnp.concatenate([t0[None], ts, t1[None]])
+        ys = jax.vmap(lambda t: saved(t, ramp_exact(t0, t, y0, args), args))(ts)
+        return weighted_sum(ys) + weighted_sum(ts)
+
+    t0, t1 = jnp.array(0.1 * sign), jnp.array(1.1 * sign)
+    # Those at the very ends may not leave the interval: they are saved, and constant.
+    ts = t0 + FRACTIONS * (t1 - t0)
+    params = (Y0, SLOPES, t0, t1, ts)
+    value, grad = jax.jit(jax.value_and_grad(ours))(params)
+    expected_value, expected = jax.value_and_grad(exact)(params)
+    assert abs(value - expected_value) < TOL
+    assert relative_difference(grad, expected) < TOL
+    assert all(jnp.all(x != 0) for x in jtu.tree_leaves(grad[2:]))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_dense(sign):
+    # Evaluated at times that are differentiated as well.
+    def ours(params):
+        t0, t1, t, s = params
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(ramp),
+            RK,
+            t0,
+            t1,
+            sign * 0.13,
+            Y0,
+            SLOPES,
+            saveat=diffrax.SaveAt(dense=True),
+            adjoint=ADJOINT,
+            max_steps=MAX_STEPS,
+        )
+        out = sol.evaluate(t), sol.evaluate(t, s), sol.derivative(s), sol.t0, sol.t1
+        return weighted_sum(out)
+
+    def exact(params):
+        t0, t1, t, s = params
+        at = lambda t: ramp_exact(t0, t, Y0, SLOPES)
+        return weighted_sum((at(t), at(s) - at(t), ramp(s, None, SLOPES), t0, t1))
+
+    params = tuple(sign * jnp.array(x) for x in (0.1, 1.1, 0.37, 0.92))
+    value, grad = jax.jit(jax.value_and_grad(ours))(params)
+    expected_value, expected = jax.value_and_grad(exact)(params)
+    assert abs(value - expected_value) < TOL
+    assert relative_difference(grad, expected) < TOL
+
+
+def test_resumed_at_a_time():
+    # The vector field changes at `tm`, where one solve ends and another begins with
+    # everything that the first has kept.
+    controller = diffrax.ClipStepSizeController(PID, step_ts=[0.2, 0.9])
+
+    def ours(tm, adjoint=ADJOINT):
+        solve = ft.partial(
+            diffrax.diffeqsolve,
+            diffrax.ODETerm(ramp),
+            RK,
+            dt0=0.1,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=MAX_STEPS,
+        )
+        first = solve(
+            t0=0.0,
+            t1=tm,
+            y0=Y0,
+            args=SLOPES,
+            saveat=diffrax.SaveAt(
+                t1=True, solver_state=True, controller_state=True, made_jump=True
+            ),
+        )
+        second = solve(
+            t0=first.ts[0],
+            t1=1.0,
+            y0=first.ys[0],
+            args=SLOPES[::-1],
+            solver_state=first.solver_state,
+            controller_state=first.controller_state,
+            made_jump=first.made_jump,
+        )
+        return weighted_sum(second.ys)
+
+    def exact(tm):
+        y = ramp_exact(0.0, tm, Y0, SLOPES)
+        return weighted_sum(ramp_exact(tm, 1.0, y, SLOPES[::-1])[None])
+
+    tm = jnp.array(0.47)
+    value, grad = jax.jit(jax.value_and_grad(ours))(tm)
+    expected_value, expected = jax.value_and_grad(exact)(tm)
+    assert abs(value - expected_value) < TOL
+    assert abs(grad - expected) < TOL
+
+
+def test_batch():
+    # One of them makes no step; and each has its own times.
+    def ours(t0, t1, ts):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(ramp),
+            RK,
+            t0,
+            t1,
+            None,
+            Y0,
+            SLOPES,
+            saveat=diffrax.SaveAt(t1=True, ts=ts, fn=saved),
+            stepsize_controller=PID,
+            adjoint=ADJOINT,
+            max_steps=MAX_STEPS,
+        )
+        return weighted_sum(sol.ys) + weighted_sum(sol.ts)
+
+    t0, t1 = jnp.array([0.2, 0.3, 0.0]), jnp.array([1.0, 0.3, 0.01])
+    ts = jnp.stack([t0 + x * (t1 - t0) for x in (0.2, 0.9)])
+    gradient = jax.grad(ours, argnums=(0, 1, 2))
+    batched = jax.jit(jax.vmap(gradient, (0, 0, 1)))(t0, t1, ts)
+    single = jax.jit(gradient)
+    for i in (0, 2):
+        expected = single(t0[i], t1[i], ts[:, i])
+        assert relative_difference([x[i] for x in batched], expected) < TOL
+    assert all(jnp.all(jnp.isfinite(x)) for x in batched)
+
+
+def test_no_steps():
+    # t0 == t1. diffrax saves `y0` at `t0`, `len(ts)` times; moving `t1` alone is not
+    # the same solve any more.
+    def loss(adjoint, params):
+        y0, t = params
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(ramp),
+            RK,
+            t,
+            t,
+            None,
+            y0,
+            SLOPES,
+            saveat=diffrax.SaveAt(t0=True, t1=True, ts=jnp.stack([t, t]), fn=saved),
+            stepsize_controller=PID,
+            adjoint=adjoint,
+            max_steps=MAX_STEPS,
+        )
+        return weighted_sum(sol.ys) + weighted_sum(sol.ts)
+
+    def exact(params):
+        y0, t = params
+        ys = jax.vmap(lambda t: saved(t, y0, SLOPES))(jnp.stack([t] * 4))
+        return weighted_sum(ys) + weighted_sum(jnp.stack([t] * 4))
+
+    params = (Y0, jnp.array(0.6))
+    grad = jax.jit(jax.grad(ft.partial(loss, ADJOINT)))(params)
+    assert relative_difference(grad, jax.grad(exact)(params)) < TOL
+
+
+#
+# Where it does: the discrete solution, with the steps inside the interval held fixed
+#
+
+
+def decay(t, y, args):
+    return jnp.tanh(args @ y) * (1 + 0.3 * jnp.sin(t))
+
+
+W = jnp.array([[-0.6, 1.4], [-1.1, 0.2]])
+
+# (controller, dt0, solver, how to save)
+GRID = [
+    ("constant", 0.23, RK, "ts"),
+    ("constant", 0.23, HEUN, "dense"),
+    ("pid", None, RK, "dense"),
+    ("pid", 0.1, HEUN, "ts"),
+    ("pid", 0.1, RK, "steps"),
+    ("pid", None, dfxr.UReversible(diffrax.Bosh3(), 0.999), "subs"),
+    ("constant", 0.23, dfxr.LeapfrogMidpoint(), "ts"),
+    ("constant", 0.23, diffrax.LeapfrogMidpoint(), "steps"),
+]
+
+
+def _solve(adjoint, params, solver, controller, dt0, save_at, max_steps=MAX_STEPS):
+    y0, w, t0, t1, ts = params
+    fn = lambda t, y, args: (jnp.sum(args @ y) * jnp.cos(t), t)
+    save_at = {
+        "ts": lambda: diffrax.SaveAt(t0=True, t1=True, ts=ts, fn=fn),
+        "dense": lambda: diffrax.SaveAt(dense=True, ts=ts),
+        "steps": lambda: diffrax.SaveAt(steps=True, ts=ts, fn=fn),
+        "times": lambda: diffrax.SaveAt(steps=True),
+        "subs": lambda: diffrax.SaveAt(
+            subs=(
+                diffrax.SubSaveAt(steps=2, t1=True, fn=fn),
+                {"a": diffrax.SubSaveAt(ts=ts), "b": diffrax.SubSaveAt(t0=True)},
+            )
+        ),
+    }[save_at]()
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(decay),
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        w,
+        saveat=save_at,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=max_steps,
+    )
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("controller,dt0,solver,save_at", GRID)
+def test_steps_held_fixed(controller, dt0, solver, save_at, sign):
+    controller = {"constant": diffrax.ConstantStepSize(), "pid": PID}[controller]
+    dt0 = None if dt0 is None else sign * dt0
+    t0, t1 = sign * jnp.array(0.2), sign * jnp.array(1.3)
+    ts = t0 + jnp.array([0.0, 0.31, 0.64, 0.9]) * (t1 - t0)
+    params = (Y0 + 1, W, t0, t1, ts)
+
+    def loss(adjoint, params):
+        return everything(_solve(adjoint, params, solver, controller, dt0, save_at))
+
+    # The same steps again, of which only the ends move with `t0` and `t1`.
+    sol = eqx.filter_jit(_solve)(
+        diffrax.ForwardMode(), params, solver, controller, dt0, "times"
+    )
+    inside = sol.ts[: int(sol.stats["num_accepted_steps"]) - 1]
+    assert jnp.all(jnp.isfinite(inside))
+
+    def reference(adjoint, params):
+        _, _, t0, t1, _ = params
+        fixed = jnp.concatenate([t0[None], inside, t1[None]])
+        step_to = diffrax.StepTo(fixed)
+        return everything(_solve(adjoint, params, solver, step_to, None, save_at))
+
+    _, grad = agree(loss, params, reference=reference)
+    assert all(jnp.all(x != 0) for x in jtu.tree_leaves(grad))
+
+
+#
+# Against the true derivative
+#
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_accurate_solve(sign):
+    # y' = p y cos(t), solved well enough that it matters no more how.
+    def ours(params):
+        p, y0, t0, t1, ts = params
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, p: p * y * jnp.cos(t)),
+            dfxr.UReversible(diffrax.Bosh3()),
+            t0,
+            t1,
+            None,
+            y0,
+            p,
+            saveat=diffrax.SaveAt(t1=True, ts=ts),
+            stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-8),
+            adjoint=ADJOINT,
+            max_steps=4096,
+        )
+        return weighted_sum(sol.ys)
+
+    def exact(params):
+        p, y0, t0, t1, ts = params
+        ts = jnp.append(ts, t1)
+        return weighted_sum(
+            jax.vmap(lambda t: y0 * jnp.exp(p * (jnp.sin(t) - jnp.sin(t0))))(ts)
+        )
+
+    t0, t1 = sign * jnp.array(0.3), sign * jnp.array(2.0)
+    ts = sign * jnp.array([0.7, 1.4])
+    params = (jnp.array(0.9), jnp.array([1.0, -0.4]), t0, t1, ts)
+    grad = jax.jit(jax.grad(ours))(params)
+    assert relative_difference(grad, jax.grad(exact)(params)) < 1e-5
+
+
+@pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
+def test_finite_differences(solver):
+    # Of a solve with many steps: what those inside of the interval do when its ends
+    # move makes a difference of the order of the error, 1e-6 here; and a linear
+    # interpolation has a slope that is wrong by 1e-3.
+    def loss(adjoint, x):
+        t0, t1, t = x
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(decay),
+            solver,
+            t0,
+            t1,
+            1e-3,
+            Y0 + 1,
+            W,
+            saveat=diffrax.SaveAt(t1=True, ts=t[None]),
+            adjoint=adjoint,
+            max_steps=2048,
+        )
+        return weighted_sum(sol.ys)
+
+    # Not where there is a step more or less, nor a save from another step.
+    x = jnp.array([0.2, 1.3005, 0.7104])
+    grad = jax.jit(jax.grad(ft.partial(loss, ADJOINT)))(x)
+    value = jax.jit(ft.partial(loss, ADJOINT))
+    h = 1e-5
+    for i in range(3):
+        e = h * jnp.eye(3)[i]
+        numerical = (value(x + e) - value(x - e)) / (2 * h)
+        assert abs(grad[i] - numerical) < 1e-3 * abs(numerical)
+
+
+def test_second_derivative():
+    # Forward over reverse, of a time.
+    solver = dfxr.UReversible(diffrax.Heun(), 0.999)
+
+    def loss(t1):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(ramp),
+            solver,
+            0.0,
+            t1,
+            0.13,
+            Y0,
+            SLOPES,
+            adjoint=ADJOINT,
+            max_steps=MAX_STEPS,
+        )
+        return weighted_sum(sol.ys)
+
+    exact = lambda t1: weighted_sum(ramp_exact(0.0, t1, Y0, SLOPES)[None])
+    t1 = jnp.array(1.1)
+    ours = jax.jit(jax.jacfwd(jax.grad(loss)))(t1)
+    assert relative_difference(ours, jax.hessian(exact)(t1)) < 1e-8
+
+
+#
+# Times of a step size controller
+#
+
+
+def _with_steps(adjoint, times, solver=RK):
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(decay),
+        solver,
+        times[0],
+        times[-1],
+        None,
+        Y0 + 1,
+        W,
+        stepsize_controller=diffrax.StepTo(times),
+        saveat=diffrax.SaveAt(t1=True, ts=[0.5]),
+        adjoint=adjoint,
+        max_steps=MAX_STEPS,
+    )
+
+
+@pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
+def test_step_to(solver):
+    # Each of them is an argument of the user's, and none is chosen by a controller.
+    def loss(adjoint, times):
+        return weighted_sum(_with_steps(adjoint, times, solver).ys)
+
+    _, grad = agree(loss, jnp.array([0.2, 0.35, 0.6, 1.0, 1.3]))
+    assert jnp.all(grad != 0)
+
+
+@pytest.mark.parametrize("kind", ["step_ts", "jump_ts"])
+def test_where_the_vector_field_jumps(kind):
+    # What a controller is told of a jump, in order that the time of the jump can be
+    # differentiated: the vector field has no derivative there, but the step that ends
+    # at the jump has.
+    def loss(adjoint, s):
+        pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+        controller = diffrax.ClipStepSizeController(pid, **{kind: s[None]})
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, s: jnp.where(t < s, 1.0, -2.0) * jnp.ones(2)),
+            RK,
+            0.0,
+            1.0,
+            0.1,
+            Y0,
+            s,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            # Many are rejected if it is not told that this is a jump.
+            max_steps=512,
+        )
+        return jnp.sum(sol.ys)
+
+    # Two components, each with y(1) = s - 2 (1 - s).
+    s = jnp.array(0.37)
+    value, grad = jax.jit(jax.value_and_grad(ft.partial(loss, ADJOINT)))(s)
+    tol = 1e-8 if kind == "jump_ts" else 1e-2
+    assert abs(value - (jnp.sum(Y0) + 2 * (3 * s - 2))) < tol
+    assert abs(grad - 6) < tol
+
+
+def test_nested_clip():
+    # Controllers in a controller, each with times of its own.
+    def loss(adjoint, params):
+        t1, steps, jumps = params
+        inner = diffrax.ClipStepSizeController(PID, step_ts=steps, jump_ts=jumps[:1])
+        outer = diffrax.ClipStepSizeController(
+            inner, jump_ts=jumps[1:], store_rejected_steps=4
+        )
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(ramp),
+            RK,
+            0.0,
+            t1,
+            None,
+            Y0,
+            SLOPES,
+            stepsize_controller=outer,
+            saveat=diffrax.SaveAt(t1=True, ts=[0.1, 0.7]),
+            adjoint=adjoint,
+            max_steps=MAX_STEPS,
+        )
+        return weighted_sum(sol.ys)
+
+    # The solution does not depend on where these are; nor is it ever told.
+    params = (jnp.array(1.0), jnp.array([0.3, 0.8]), jnp.array([0.4, 0.6]))
+    value, grad = jax.jit(jax.value_and_grad(ft.partial(loss, ADJOINT)))(params)
+    ys = jax.vmap(lambda t: ramp_exact(0.0, t, Y0, SLOPES))(jnp.array([0.1, 0.7, 1.0]))
+    assert abs(value - weighted_sum(ys)) < TOL
+    assert all(jnp.all(jnp.abs(x) < TOL) for x in grad[1:])
+    assert grad[0] != 0
+
+
+@pytest.mark.parametrize("dt0", ["constant", "pid"])
+def test_first_step(dt0):
+    # `dt0` is accepted. In an exact solve it does not matter.
+    controller = diffrax.ConstantStepSize() if dt0 == "constant" else PID
+
+    def loss(dt0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(ramp),
+            RK,
+            0.0,
+            1.0,
+            dt0,
+            Y0,
+            SLOPES,
+            stepsize_controller=controller,
+            adjoint=ADJOINT,
+            max_steps=MAX_STEPS,
+        )
+        return weighted_sum(sol.ys)
+
+    assert abs(jax.jit(jax.grad(loss))(jnp.array(0.13))) < TOL
+
+
+def test_ends_of_a_control():
+    # The ends of a path are times too, and these of the solve are taken from it.
+    def loss(adjoint, params):
+        ts, xs = params
+        path = diffrax.LinearInterpolation(ts, xs)
+        term = diffrax.ControlTerm(lambda t, y, args: jnp.outer(jnp.cos(y), y), path)
+        sol = diffrax.diffeqsolve(
+            term,
+            RK,
+            path.t0,
+            path.t1,
+            None,
+            Y0 + 1,
+            stepsize_controller=diffrax.StepTo(ts),
+            adjoint=adjoint,
+            max_steps=MAX_STEPS,
+        )
+        return weighted_sum(sol.ys)
+
+    ts = jnp.array([0.0, 0.3, 0.5, 0.9])
+    xs = jnp.array([[0.0, 0.1], [0.5, 0.3], [0.2, 0.8], [0.9, 0.2]])
+    agree(loss, (ts, xs))
