@@ -52,6 +52,41 @@ def test_coupling_parameter_range(value):
         dfxr.UReversible(diffrax.Heun(), coupling_parameter=value)
 
 
+class _HasStep(diffrax.Heun):
+    def step(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+class _HasOtherDenseInfo(diffrax.Heun):
+    interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
+
+
+class _HasOtherShape(diffrax.Heun):
+    @staticmethod
+    def interpolation_cls(t0, t1, y0, y1, k):
+        return diffrax.LocalLinearInterpolation(t0, t1, y0, k)
+
+
+@pytest.mark.parametrize(
+    "base,message",
+    [
+        (_HasStep(), r"`_HasStep` has a `step` of its own"),
+        (_HasOtherDenseInfo(), r"needs `_HasOtherDenseInfo.interpolation_cls`"),
+        (_HasOtherShape(), r"needs `_HasOtherShape.interpolation_cls`"),
+    ],
+)
+def test_base_is_not_as_diffrax_has_it(base, message):
+    with pytest.raises(ValueError, match=message):
+        dfxr.UReversible(base)
+
+
+@pytest.mark.parametrize("solver", [dfxr.ReversibleHeun, dfxr.LeapfrogMidpoint])
+@pytest.mark.parametrize("interpolation", ["cubic", None])
+def test_interpolation(solver, interpolation):
+    with pytest.raises(ValueError, match='must be "hermite" or "linear"'):
+        solver(interpolation=interpolation)
+
+
 def test_coupling_parameter_bounds_allowed():
     for value in (1, 1.0, 1e-3):
         assert dfxr.UReversible(diffrax.Heun(), value).coupling_parameter == value

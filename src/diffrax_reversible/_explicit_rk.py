@@ -14,8 +14,9 @@ class Increment(NamedTuple):
     increment: Y
     # The part of the embedded error that comes from the stages that were evaluated.
     error: Y
-    # `h f(t, y)` at the point from which the increment is made.
-    k_first: Y
+    # The stages that were evaluated, each times the control over the interval. The
+    # first of them is at the point from which the increment is made.
+    k: tuple[Y, ...]
 
 
 def uses_last_stage(tableau: diffrax.ButcherTableau) -> bool:
@@ -65,7 +66,7 @@ def explicit_rk_increment(
     return Increment(
         increment=_combine(tableau.b_sol[:stages], k, sign),
         error=_combine(tableau.b_error[:stages], k, sign),
-        k_first=k[0],
+        k=tuple(k),
     )
 
 

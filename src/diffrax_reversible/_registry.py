@@ -44,9 +44,13 @@ def register_reversible(
     _registry[host_solver_cls] = convert
 
 
-register_reversible(diffrax.ReversibleHeun, lambda _: ReversibleHeun())
+register_reversible(
+    diffrax.ReversibleHeun, lambda _: ReversibleHeun(interpolation="linear")
+)
 register_reversible(diffrax.SemiImplicitEuler, lambda _: SemiImplicitEuler())
-register_reversible(diffrax.LeapfrogMidpoint, lambda _: LeapfrogMidpoint())
+register_reversible(
+    diffrax.LeapfrogMidpoint, lambda _: LeapfrogMidpoint(interpolation="linear")
+)
 
 
 def to_reversible(solver: diffrax.AbstractSolver) -> AbstractReversibleSolver:

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
@@ -9,6 +10,7 @@ from jaxtyping import PyTree
 from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
 from .._controlled import precision, rms
 from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._interpolation import hermite_or_linear
 
 
 # `(yhat, f)`, and with `full_sync` whether to do so next.
@@ -36,7 +38,10 @@ class ReversibleHeun(
     Each step makes one evaluation of the vector field, as the last one is kept for the
     next step; and one evaluation with its pullback on the backward pass of
     [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is $(\hat y, f)$. Uses
-    1st order local linear interpolation for dense/ts output.
+    3rd order Hermite interpolation for dense/ts output, from the slopes at $\hat y$,
+    which needs no further evaluations: the output is of order 2 at all times, and so is
+    its derivative. ([`diffrax.ReversibleHeun`][] has local linear interpolation, with a
+    derivative of order 1.)
 
     When used to solve SDEs, converges to the Stratonovich solution.
 
@@ -65,11 +70,17 @@ class ReversibleHeun(
     """
 
     term_structure: ClassVar = diffrax.AbstractTerm
-    interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
-        diffrax.LocalLinearInterpolation
-    )
     has_evaluate: ClassVar[bool] = True
     full_sync: bool = False
+    # "hermite" or "linear". (Checked below, with a message better than a checker's.)
+    interpolation: Any = eqx.field(static=True, default="hermite")
+
+    def __check_init__(self):
+        hermite_or_linear("ReversibleHeun", self.interpolation)
+
+    @property
+    def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
+        return hermite_or_linear("ReversibleHeun", self.interpolation)
 
     @property
     def resets(self) -> bool:
@@ -168,11 +179,17 @@ class ReversibleHeun(
         return jtu.tree_map(lambda x: 2 * x, y), {}
 
     def finish(self, registers0, registers1, infos):
-        y0, _ = registers0
-        y1, _ = registers1
+        y0, yhat0 = registers0
+        y1, yhat1 = registers1
         first, _, last = infos
         y_error = jtu.tree_map(lambda a, b: a - b, last["kick"], first["kick"])
-        return y_error, dict(y0=y0, y1=y1)
+        if self.interpolation == "linear":
+            return y_error, dict(y0=y0, y1=y1)
+        # Twice the kicks. Not the first kick itself: on the way back that is not known
+        # where a solve was given a kept evaluation that is not its own.
+        k0 = jtu.tree_map(lambda y, a, b: a + b - 2 * y, y0, yhat0, yhat1)
+        k1 = jtu.tree_map(lambda x: 2 * x, last["kick"])
+        return y_error, dict(y0=y0, y1=y1, k0=k0, k1=k1)
 
 
 ReversibleHeun.__init__.__doc__ = """**Arguments:**
@@ -183,4 +200,9 @@ ReversibleHeun.__init__.__doc__ = """**Arguments:**
     longer that of [`diffrax.ReversibleHeun`][], and it takes a slot from
     `ReversibleAdjoint(checkpoints=...)`; and the backward pass makes two evaluations
     more a step.
+- `interpolation`: `"hermite"`, or `"linear"` for that of [`diffrax.ReversibleHeun`][].
+
+**Raises:**
+
+- `ValueError` if `interpolation` is neither of the two.
 """

@@ -11,6 +11,7 @@ from .. import _controlled as controlled
 from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
 from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._explicit_rk import explicit_rk_increment, uses_last_stage
+from .._interpolation import has_own_interpolation
 from .base import AbstractReversibleSolver
 
 
@@ -67,8 +68,15 @@ class UReversible(
     `z` if the coupling is a number. Here `y - z` and `z` are of the structure, shapes
     and dtypes of `y`, `code` is the coupling as a `uint8` (recorded, so that it takes a
     byte a step), and the account holds a real scalar for each leaf of `y` and one more,
-    and a boolean. Uses 3rd order Hermite interpolation for dense/ts output, which needs
-    no further evaluations.
+    and a boolean.
+
+    Uses the interpolation of the wrapped solver for dense/ts output, on the stages of
+    the first increment. So its error is of the same order at all times: 5 for `Tsit5`
+    and `Dopri5`, 6 for `Dopri8`; and one less for the derivative. If the wrapped solver
+    has but a line, or the cubic of diffrax's lower order solvers, then it is replaced
+    by 3rd order Hermite interpolation with the slopes at the two ends. (For `Midpoint`
+    and `Ralston` that gives a derivative of order 2, in place of 1.) Neither needs
+    further evaluations.
 
     When used to solve SDEs, converges to the Stratonovich solution if the wrapped
     solver does.
@@ -126,6 +134,8 @@ class UReversible(
 
     @property
     def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
+        if has_own_interpolation(self.solver):
+            return self.solver.interpolation_cls
         return diffrax.ThirdOrderHermitePolynomialInterpolation
 
     @property
@@ -240,15 +250,15 @@ class UReversible(
     def _advance(self, step: StepInfo, registers: tuple[PyTree, ...]):
         # `y - d`, in the place of `y`.
         z0, _ = registers
-        return self._increment(step, z0, sign=1)
+        return self._go(step, z0)
 
     def _advance_difference(self, step: StepInfo, registers: tuple[PyTree, ...]):
         y1, _ = registers
-        return self._increment(step, y1, sign=-1)
+        return self._return(step, y1)
 
     def _advance_y(self, step: StepInfo, registers: tuple[PyTree, ...]):
         _, z0 = registers
-        shift, info = self._increment(step, z0, sign=1)
+        shift, info = self._go(step, z0)
         weight = 1 - cast(float, self.coupling_parameter)
         if weight != 0:
             shift = jtu.tree_map(lambda z, p: weight * z + p, z0, shift)
@@ -256,27 +266,42 @@ class UReversible(
 
     def _advance_z(self, step: StepInfo, registers: tuple[PyTree, ...]):
         y1, _ = registers
-        shift, info = self._increment(step, y1, sign=-1)
+        shift, info = self._return(step, y1)
         return jtu.tree_map(lambda p: -p, shift), info
 
-    def _increment(self, step: StepInfo, y: PyTree, sign: int):
-        times = (step.t0, step.t1) if sign == 1 else (step.t1, step.t0)
+    def _go(self, step: StepInfo, y: PyTree):
         psi = explicit_rk_increment(
-            self._tableau, step.terms, *times, y, step.args, step.control, sign
+            self._tableau, step.terms, step.t0, step.t1, y, step.args, step.control, 1
         )
-        return psi.increment, dict(k=psi.k_first, error=psi.error)
+        return psi.increment, dict(k=psi.k, error=psi.error)
+
+    def _return(self, step: StepInfo, y: PyTree):
+        psi = explicit_rk_increment(
+            self._tableau, step.terms, step.t1, step.t0, y, step.args, step.control, -1
+        )
+        return psi.increment, dict(k=psi.k[0])
 
     def finish(self, registers0, registers1, infos):
-        y0, _ = registers0
+        y0, other0 = registers0
         y1, _ = registers1
         *_, info0, info1 = infos
+        k = info0["k"]
         y_error = info0["error"]
         if not uses_last_stage(self._tableau):
             # The last stage is at `(t1, z0 + Psi)`; `(t1, y1)` is as close to it as `y`
             # is to `z`, and has been evaluated anyway.
             b_error = self._tableau.b_error[-1].item()
             y_error = jtu.tree_map(lambda e, k: e + b_error * k, y_error, info1["k"])
-        return y_error, dict(y0=y0, y1=y1, k0=info0["k"], k1=info1["k"])
+            k = (*k, info1["k"])
+        if not has_own_interpolation(self.solver):
+            return y_error, dict(y0=y0, y1=y1, k0=k[0], k1=info1["k"])
+        k = jtu.tree_map(lambda *x: jnp.stack(x), *k)
+        if not self._controlled:
+            # `y1` is `(1 - lambda) (z0 - y0)` away from `y0 + Psi`. A number added to
+            # all of the stages adds a line, from zero to that number.
+            weight = 1 - cast(float, self.coupling_parameter)
+            k = jtu.tree_map(lambda k, y, z: k + weight * (z - y)[None], k, y0, other0)
+        return y_error, dict(y0=y0, y1=y1, k=k)
 
     def steer(self, fixed, memo, registers0, registers1, y_error, infos):
         if not self._controlled:
@@ -287,7 +312,7 @@ class UReversible(
         else:
             *_, info0, info1 = infos
             errors = controlled.error_from_slopes(
-                info0["k"], info1["k"], self.solver.order(None)
+                info0["k"][0], info1["k"], self.solver.order(None)
             )
         return controlled.update(
             controlled.reference_factor(self._tableau),
@@ -309,7 +334,8 @@ UReversible.__init__.__doc__ = """**Arguments:**
 
 **Raises:**
 
-- `ValueError` if `solver` is not an explicit Runge--Kutta solver, if
+- `ValueError` if `solver` is not an explicit Runge--Kutta solver that is given by its
+    tableau, if its `interpolation_cls` is not called like those of diffrax, if
     `coupling_parameter` is out of its range, and, on the first step, for an SDE with a
     wrapped solver that is not a [`diffrax.AbstractStratonovichSolver`][].
 """
@@ -355,3 +381,11 @@ def _check_base(solver: diffrax.AbstractSolver) -> None:
             f"`{type(solver).__name__}` has several tableaus. Use a solver "
             "with a single tableau, such as `diffrax.Tsit5()`."
         )
+    if type(solver).step is not diffrax.AbstractERK.step:
+        raise ValueError(
+            f"`UReversible({type(solver).__name__}())` is not supported, as "
+            f"`{type(solver).__name__}` has a `step` of its own, and `UReversible` "
+            "makes its steps from the tableau. Use a solver that is given by its "
+            "tableau alone, such as `diffrax.Tsit5()`."
+        )
+    has_own_interpolation(cast(diffrax.AbstractERK, solver))
