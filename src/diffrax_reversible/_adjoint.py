@@ -207,7 +207,6 @@ def _num_slots(checkpoints: int | Literal["auto"], y: PyTree) -> int:
 
 
 inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
-outer_loop = jax.named_call(eqxi.while_loop, name="outer-loop")
 
 
 def with_arrays(init_state):
@@ -269,31 +268,9 @@ def _outer_while_loop(
         checkpoint_every,
     )
 
-    def run(init_state, has_slots=True, stop=None):
-        def _cond_fun(carry):
-            state, _ = carry
-            unfinished = cond_fun(state)
-            if stop is not None:
-                unfinished = unfinished & (state.num_accepted_steps < stop)
-            return unfinished
-
-        def _body_fun(carry):
-            state, record = carry
-            new_state = body_fun(state)
-            return new_state, recorder.append(record, state, new_state)
-
-        def _buffers(carry):
-            state, record = carry
-            return [*buffers(state), *recorder.buffers(record)]
-
-        return outer_loop(
-            _cond_fun,
-            _body_fun,
-            (init_state, recorder.init(init_state, has_slots)),
-            max_steps=max_steps,
-            buffers=_buffers,
-            kind="lax",
-        )
+    run = ft.partial(
+        recorder.run, cond_fun, body_fun, max_steps=max_steps, buffers=buffers
+    )
 
     def rerun(stop):
         _, record = run(init_state, has_slots=False, stop=stop)

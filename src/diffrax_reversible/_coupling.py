@@ -7,7 +7,6 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.lax as lax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._adjoint import inner_loop, outer_loop, with_arrays
+from ._adjoint import inner_loop, with_arrays
 from ._compat import host_loop
 from ._controlled import coupling, rms
 from ._coupling import AbstractCouplingSolver
@@ -139,18 +139,8 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         def outer_while_loop(cond_fun, body_fun, init_state, *, max_steps, buffers):
             init_state = with_arrays(init_state)
 
-            def body(carry):
-                state, record = carry
-                new_state = body_fun(state)
-                return new_state, recorder.append(record, state, new_state)
-
-            final_state, record = outer_loop(
-                lambda carry: cond_fun(carry[0]),
-                body,
-                (init_state, recorder.init(init_state)),
-                max_steps=max_steps,
-                buffers=lambda carry: [*buffers(carry[0]), *recorder.buffers(carry[1])],
-                kind="lax",
+            final_state, record = recorder.run(
+                cond_fun, body_fun, init_state, max_steps=max_steps, buffers=buffers
             )
             records.append((init_state, final_state, record))
             return final_state
@@ -180,7 +170,9 @@ def _walk_back(
 
     def stored(index):
         # The first slot is that of the second step.
-        slots = jtu.tree_map(lambda x: x[jnp.maximum(index - 1, 0)], record.slots)
+        slots = jtu.tree_map(
+            lambda x: x[jnp.maximum(index - 1, 0)], record.slots.states
+        )
         arrays, static = eqx.partition(initial, eqx.is_array)
         return eqx.combine(
             jtu.tree_map(lambda a, b: jnp.where(index == 0, a, b), arrays, slots),
@@ -223,7 +215,7 @@ def _walk_back(
     dtype = rms(init_state.y).dtype
     nan = jnp.full(max_steps, jnp.nan, dtype)
     out = dict(
-        ts=record.times,
+        ts=record.steps.times,
         separation=nan,
         coupling=nan,
         checkpoints=jnp.zeros(max_steps, bool),

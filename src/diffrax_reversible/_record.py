@@ -23,28 +23,62 @@ _MAX_LOG2_SLOTS = 24
 WINDOW = 2**16
 
 
-class Record(NamedTuple):
-    # Those annotated `Any` are arrays, or within the loop Equinox's buffers.
-    #
-    # `tnext` of every accepted step, or of the last `WINDOW` of them. The number of
-    # accepted steps is in the host's state.
+# How many steps are recorded before the record is copied into the long one. On CPUs XLA
+# runs a loop with little overhead only if none of its arrays has more than 512 bytes,
+# which is that many times; and longer arrays are touched only outside the inner loop.
+_BLOCK = 64
+
+
+class Steps(NamedTuple):
+    """Of a number of accepted steps. The arrays are buffers within the loop."""
+
+    # `tnext`.
     times: Any
     # If there may be jumps: by how much the start of the step differs from the end of
     # the step before, and whether there was a jump.
     jumps: Any
     # What the solver wants recorded: a list of the leaves of `solver.recorded`.
     recorded: list[Any]
-    # Slots for the starts of steps: the index of the step, whether it can be undone
-    # too, and `(y, solver_state)`.
-    slot_index: Any
-    slot_is_undone: Any
-    slots: PyTree
+
+
+class Slots(NamedTuple):
+    """The starts of steps. The arrays are buffers within the loop."""
+
+    # The number of the step, and whether it can be undone too.
+    index: Any
+    is_undone: Any
+    # `(y, solver_state)`, without what is no array.
+    states: PyTree
+
+
+class Record(NamedTuple):
+    # Of all accepted steps, or of the last `WINDOW`. Their number is in the host's
+    # state.
+    steps: Steps
+    # `None` if the solver never asks for any.
+    slots: Slots | None
     # How many slots were asked for.
     num_wanted: Any
     # The end of the last accepted step.
     t_last: Array
-    # Whether the times of all steps can be had again from `times` and `jumps`.
+    # Whether the times of all steps can be had again from `steps`.
     is_consistent: Array
+
+
+class _Block(NamedTuple):
+    """What is carried from step to step besides the host's state."""
+
+    # The steps since the one of this number.
+    start: Array
+    steps: Steps
+    t_last: Array
+    is_consistent: Array
+    # If there are slots: whether the last step asks for one, whether it can be undone,
+    # its number, and the state at its start.
+    wants: Any
+    is_undone: Any
+    index: Any
+    state: PyTree
 
 
 class Recorder:
@@ -80,114 +114,205 @@ class Recorder:
     # On the way forward
     #
 
-    def init(self, init_state, has_slots: bool = True) -> Record:
-        n = self.length
-        tprev = init_state.tprev
-        has_slots = has_slots and self._has_slots
-
-        def make(length, x):
-            return jnp.zeros((length, *jnp.shape(x)), jnp.result_type(x))
-
-        stored = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array)
-        return Record(
-            # An element of a batch may read here though it never made a step. So these
-            # hold what a step of length zero would have put.
-            times=jnp.full(n, tprev),
-            jumps=jnp.zeros(n, jnp.uint8) if self._has_jumps else None,
+    def _empty_steps(self, init_state, length: int) -> Steps:
+        # An element of a batch may read here though it never made a step. So this holds
+        # what a step of length zero would have put.
+        return Steps(
+            times=jnp.full(length, init_state.tprev),
+            jumps=jnp.zeros(length, jnp.uint8) if self._has_jumps else None,
             recorded=[
-                jnp.broadcast_to(x, (n, *x.shape))
+                jnp.broadcast_to(x, (length, *x.shape))
                 for x in self._recorded_leaves(init_state.solver_state)
             ],
-            slot_index=jnp.zeros(self._num_slots, jnp.int32) if has_slots else None,
-            slot_is_undone=jnp.zeros(self._num_slots, bool) if has_slots else None,
-            slots=jtu.tree_map(lambda x: make(self._num_slots, x), stored)
-            if has_slots
-            else None,
-            num_wanted=jnp.array(0),
-            t_last=tprev,
-            is_consistent=jnp.array(True),
         )
 
-    def buffers(self, record: Record) -> list:
-        return [
-            record.times,
-            record.jumps,
-            record.recorded,
-            record.slot_index,
-            record.slot_is_undone,
-            record.slots,
-        ]
+    def _empty_slots(self, init_state) -> Slots:
+        def make(x):
+            return jnp.zeros((self._num_slots, *jnp.shape(x)), jnp.result_type(x))
 
-    def append(self, record: Record, state, new_state) -> Record:
+        states = jtu.tree_map(make, _arrays(init_state))
+        return Slots(make(jnp.int32(0)), make(False), states)
+
+    def run(
+        self,
+        cond_fun,
+        body_fun,
+        init_state,
+        *,
+        max_steps: int | None,
+        buffers,
+        has_slots: bool = True,
+        stop: Array | None = None,
+    ):
+        """The host's loop, at most until `stop` accepted steps have been made. Returns
+        its final state, and the record."""
+        has_slots = has_slots and self._has_slots
+
+        def unfinished(state):
+            out = cond_fun(state)
+            if max_steps is not None:
+                out = out & (state.num_steps < max_steps)
+            if stop is not None:
+                out = out & (state.num_accepted_steps < stop)
+            return out
+
+        # A batch leaves the inner loop together, so that none waits for another.
+        def is_full(state, block):
+            return eqxi.unvmap_any(state.num_accepted_steps - block.start >= _BLOCK)
+
+        def inner_cond(carry):
+            state, block = carry
+            out = unfinished(state) & ~is_full(state, block)
+            return out & ~eqxi.unvmap_any(block.wants) if has_slots else out
+
+        def inner_body(carry):
+            state, block = carry
+            new_state = body_fun(state)
+            return new_state, self._append(block, state, new_state, has_slots)
+
+        def inner_buffers(carry):
+            state, block = carry
+            return [*buffers(state), block.steps]
+
+        def outer_body(carry):
+            state, block, record = carry
+            state, block = eqxi.while_loop(
+                inner_cond,
+                inner_body,
+                (state, block),
+                buffers=inner_buffers,
+                kind="lax",
+            )
+            if has_slots:
+                record = self._store(record, block)
+                block = block._replace(wants=jnp.array(False))
+            ends = is_full(state, block) | eqxi.unvmap_any(~unfinished(state))
+            n = state.num_accepted_steps
+            steps = lax.cond(
+                ends,
+                lambda: self._flush(record.steps, block, n - block.start),
+                lambda: record.steps,
+            )
+            block = block._replace(start=jnp.where(ends, n, block.start))
+            return state, block, record._replace(steps=steps)
+
+        def outer_buffers(carry):
+            state, block, record = carry
+            return [*buffers(state), block.steps, record.steps, record.slots]
+
+        slots = self._empty_slots(init_state) if has_slots else None
+        none = None if slots is None else jnp.array(False)
+        block = _Block(
+            start=jnp.asarray(init_state.num_accepted_steps),
+            steps=self._empty_steps(init_state, _BLOCK),
+            t_last=init_state.tprev,
+            is_consistent=jnp.array(True),
+            wants=none,
+            is_undone=none,
+            index=None if slots is None else jnp.array(0),
+            state=None if slots is None else _arrays(init_state),
+        )
+        record = Record(
+            steps=self._empty_steps(init_state, self.length),
+            slots=slots,
+            num_wanted=jnp.array(0),
+            # These two are taken from the last block.
+            t_last=init_state.tprev,
+            is_consistent=jnp.array(True),
+        )
+        state, block, record = eqxi.while_loop(
+            lambda carry: unfinished(carry[0]),
+            outer_body,
+            (init_state, block, record),
+            buffers=outer_buffers,
+            kind="lax",
+        )
+        return state, record._replace(
+            t_last=block.t_last, is_consistent=block.is_consistent
+        )
+
+    def _append(self, block: _Block, state, new_state, has_slots: bool) -> _Block:
         """Called after every attempted step."""
         index = state.num_accepted_steps
         accepted = new_state.num_accepted_steps > index
 
         # If the step was rejected then the next one is put into the same place.
-        place = self._place(index)
-        times = record.times.at[place].set(state.tnext)
+        place = index - block.start
+        times = block.steps.times.at[place].set(state.tnext)
         recorded = [
             buffer.at[place].set(x)
             for buffer, x in zip(
-                record.recorded, self._recorded_leaves(state.solver_state)
+                block.steps.recorded, self._recorded_leaves(state.solver_state)
             )
         ]
 
-        t = record.t_last
+        t = block.t_last
         if self._has_jumps:
             bumps = jnp.array(0, jnp.uint8)
             for k in range(1, _MAX_BUMPS + 1):
                 t = eqxi.nextafter(t)
                 bumps = jnp.where(state.tprev == t, jnp.uint8(k), bumps)
-            is_consistent = (bumps > 0) | (state.tprev == record.t_last)
+            is_consistent = (bumps > 0) | (state.tprev == block.t_last)
             code = bumps | jnp.where(
                 state.made_jump, jnp.uint8(_JUMP_BIT), jnp.uint8(0)
             )
-            jumps = record.jumps.at[place].set(code)
+            jumps = block.steps.jumps.at[place].set(code)
         else:
             is_consistent = state.tprev == t
             jumps = None
 
-        if record.slots is not None:
+        block = block._replace(
+            steps=Steps(times, jumps, recorded),
+            t_last=jnp.where(accepted, state.tnext, block.t_last),
+            is_consistent=block.is_consistent & (is_consistent | ~accepted),
+        )
+        if has_slots:
             states = (state.solver_state, new_state.solver_state, state.made_jump)
             needs = self._solver.needs_checkpoint(*states)
             wants = needs | self._solver.wants_checkpoint(*states)
             if self._checkpoint_every is not None:
                 wants = wants | ((index > 0) & (index % self._checkpoint_every == 0))
-            wants = accepted & wants
-            slot = record.num_wanted
-            slots = (record.slot_index, record.slot_is_undone, record.slots)
-            if self._num_slots > 0:
-                store = wants & (slot < self._num_slots)
-                stored = eqx.filter((state.y, state.solver_state), eqx.is_array)
-                values = (index, ~jnp.asarray(needs), stored)
+            block = block._replace(
+                wants=accepted & wants,
+                is_undone=~jnp.asarray(needs),
+                index=index,
+                state=_arrays(state),
+            )
+        return block
 
-                def put(x, buffer):
-                    return eqxi.buffer_at_set(buffer, slot, x, pred=store)
+    def _store(self, record: Record, block: _Block) -> Record:
+        """Puts the start of the last step into a slot, if it asks for one."""
+        slot, slots = record.num_wanted, record.slots
+        num_wanted = slot + jnp.where(block.wants, 1, 0)
+        if self._num_slots > 0:
+            store = block.wants & (slot < self._num_slots)
+            values = Slots(block.index, block.is_undone, block.state)
 
-                slots = lax.cond(
-                    eqxi.unvmap_any(store),
-                    # In the loop buffers are nodes, not leaves.
-                    lambda: jtu.tree_map(put, values, slots),
-                    lambda: slots,
-                )
-            slot_index, slot_is_undone, slots = slots
-            num_wanted = slot + jnp.where(wants, 1, 0)
-        else:
-            slot_index = slot_is_undone = slots = None
-            num_wanted = record.num_wanted
+            def put(x, buffer):
+                return eqxi.buffer_at_set(buffer, slot, x, pred=store)
 
-        return Record(
-            times=times,
-            jumps=jumps,
-            recorded=recorded,
-            slot_index=slot_index,
-            slot_is_undone=slot_is_undone,
-            slots=slots,
-            num_wanted=num_wanted,
-            t_last=jnp.where(accepted, state.tnext, record.t_last),
-            is_consistent=record.is_consistent & (is_consistent | ~accepted),
-        )
+            slots = lax.cond(
+                eqxi.unvmap_any(store),
+                # In the loop buffers are nodes, not leaves.
+                lambda: jtu.tree_map(put, values, slots),
+                lambda: slots,
+            )
+        return record._replace(slots=slots, num_wanted=num_wanted)
+
+    def _flush(self, steps: Steps, block: _Block, count: Array) -> Steps:
+        """Copies the first `count` steps of `block`."""
+        places = jnp.arange(_BLOCK)
+        # What is out of bounds is dropped.
+        to = jnp.where(places < count, self._place(block.start + places), self.length)
+
+        def put(x, buffer):
+            # (A buffer again within this loop, but not one to be written to.)
+            while not eqx.is_array(x):
+                x = x._array
+            return buffer.at[to].set(x, mode="drop")
+
+        is_leaf = lambda x: hasattr(x, "at")
+        return jtu.tree_map(put, block.steps, steps, is_leaf=is_leaf)
 
     #
     # On the way back
@@ -195,7 +320,7 @@ class Recorder:
 
     def last_time(self, record: Record, num_steps: Array) -> Array:
         """The end of the last of `num_steps` steps."""
-        return record.times[self._place(jnp.maximum(num_steps - 1, 0))]
+        return record.steps.times[self._place(jnp.maximum(num_steps - 1, 0))]
 
     def first_step(self, num_steps: Array) -> Array:
         """The first step that can be read, if the record was made of `num_steps`."""
@@ -206,15 +331,14 @@ class Recorder:
 
     def replace_steps(self, record: Record, of: Record) -> Record:
         """`record`, with the steps of another."""
-        return record._replace(times=of.times, jumps=of.jumps, recorded=of.recorded)
+        return record._replace(steps=of.steps)
 
     def read_times(self, record: Record, init_state, index: Array):
         """The end of the step before, the start of the step, and `made_jump` at it."""
         t_prev = jnp.where(index > 0, self.last_time(record, index), init_state.tprev)
         if not self._has_jumps:
             return t_prev, t_prev, False
-        assert record.jumps is not None
-        code = record.jumps[self._place(index)]
+        code = record.steps.jumps[self._place(index)]
         bumps = code & jnp.uint8(_JUMP_BIT - 1)
         t0 = t = t_prev
         for k in range(1, _MAX_BUMPS + 1):
@@ -224,11 +348,12 @@ class Recorder:
 
     def read_recorded(self, record: Record, solver_state: PyTree, index: Array):
         """`solver_state` with its recorded part as it was at the start of the step."""
-        if len(record.recorded) == 0:
+        if len(record.steps.recorded) == 0:
             return solver_state
         where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
         place = self._place(index)
-        return eqx.tree_at(where, solver_state, [x[place] for x in record.recorded])
+        recorded = [x[place] for x in record.steps.recorded]
+        return eqx.tree_at(where, solver_state, recorded)
 
     def stop_recorded(self, y: PyTree, solver_state: PyTree) -> PyTree:
         """With couplings, what is recorded is a constant, as is the memo."""
@@ -255,19 +380,20 @@ class Recorder:
         if not self._has_slots or self._num_slots == 0:
             no, yes = jnp.array(False), jnp.array(True)
             return num_slots, no, yes, lambda state: state
-        assert record.slot_index is not None
+        slots = record.slots
+        assert slots is not None
         slot = jnp.maximum(num_slots - 1, 0)
         # An element of a batch that makes its first step over again must restore again,
         # so this does not look at `active`, nor whether `num_slots` is zero. (A slot
         # that has been passed cannot match again: all indices to come are smaller.)
-        is_here = (record.num_wanted > 0) & (record.slot_index[slot] == index)
-        is_undone = ~is_here | record.slot_is_undone[slot]
+        is_here = (record.num_wanted > 0) & (slots.index[slot] == index)
+        is_undone = ~is_here | slots.is_undone[slot]
 
         def read(state):
             rebuilt, static = eqx.partition(state, eqx.is_array)
             stored = jtu.tree_map(
                 lambda buffer, x: jnp.where(is_here, buffer[slot], x),
-                record.slots,
+                slots.states,
                 rebuilt,
             )
             return eqx.combine(stored, static)
@@ -309,6 +435,10 @@ class Recorder:
             for k in range(_MAX_LOG2_SLOTS + 1)
         ]
         return eqxi.branched_error_if(grads, too_few, eqxi.unvmap_max(log2), messages)
+
+
+def _arrays(state) -> PyTree:
+    return eqx.filter((state.y, state.solver_state), eqx.is_array)
 
 
 def make_recorder(
