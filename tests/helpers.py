@@ -197,6 +197,8 @@ SOLVERS = {
     "SemiImplicitEuler": SolverCase(
         dfxr.SemiImplicitEuler(), 1, pair=True, host=diffrax.SemiImplicitEuler()
     ),
+    # One of the splittings for all, which differ in nothing but their coefficients.
+    "StormerVerlet": SolverCase(dfxr.StormerVerlet(), 2, pair=True),
     "user-generic": SolverCase(GenericLeapfrog(), 2, controls=()),
     "user-coupling": SolverCase(CouplingLeapfrog(), 2, controls=()),
 }

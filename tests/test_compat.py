@@ -72,9 +72,15 @@ def test_typed_and_public():
     public = {
         "AbstractCouplingSolver",
         "AbstractReversibleSolver",
+        "AbstractSplitting",
+        "BlanesMoan4",
+        "BlanesMoan6",
         "Coupling",
         "diagnose",
         "Diagnosis",
+        "ForestRuth",
+        "KahanLi6",
+        "KahanLi8",
         "LeapfrogMidpoint",
         "Registers",
         "register_reversible",
@@ -82,6 +88,8 @@ def test_typed_and_public():
         "ReversibleHeun",
         "SemiImplicitEuler",
         "StepInfo",
+        "StormerVerlet",
+        "Suzuki4",
         "UReversible",
     }
     assert names == public

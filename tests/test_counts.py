@@ -117,6 +117,20 @@ def test_evaluations_semi_implicit_euler():
     assert _count(dfxr.SemiImplicitEuler(), pair=True) == (10, 20, 20, 20)
 
 
+@pytest.mark.parametrize(
+    "solver,stages",
+    [
+        (dfxr.StormerVerlet(), 1),
+        (dfxr.StormerVerlet("position"), 1),
+        (dfxr.BlanesMoan4(), 6),
+    ],
+)
+def test_evaluations_splitting(solver, stages):
+    # Of both vector fields; and one more at the very start and at the very end.
+    n, forward, backward, pullbacks = _count(solver, pair=True)
+    assert forward == backward == pullbacks == 2 * stages * n + 1
+
+
 def test_evaluations_generic():
     # `backward_step`, and then `step` once more to differentiate it.
     n, forward, backward, pullbacks = _count(GenericLeapfrog())

@@ -187,6 +187,7 @@ GRID = [
     ("ReversibleHeun", "clip", "ode"),
     ("LeapfrogMidpoint", "step_to", "cde"),
     ("SemiImplicitEuler", "constant", "sde"),
+    ("StormerVerlet", "step_to", "cde"),
     ("user-generic", "step_to", "ode"),
     ("user-coupling", "constant", "ode"),
 ]
@@ -240,6 +241,7 @@ def test_solver_controller_term(name, controller, kind, seed, sign):
         ("UReversible-Heun", "constant", "subs"),
         ("UReversible-Heun", "pid", "dense"),
         ("ReversibleHeun", "pid", "subs"),
+        ("StormerVerlet", "constant", "dense"),
         ("user-generic", "step_to", "fn"),
     ],
 )

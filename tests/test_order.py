@@ -245,6 +245,82 @@ def test_order_u_reversible(
     assert np.all(errors.gap < MAX_GAP + 2 * of_base.gap)
 
 
+# With the order of dense output, of which the error is of one order more.
+SPLITTINGS = [
+    (dfxr.StormerVerlet("velocity"), 2, 1, (20, 80)),
+    (dfxr.StormerVerlet("position"), 2, 1, (20, 80)),
+    (dfxr.ForestRuth(), 4, 2, (20, 80)),
+    (dfxr.Suzuki4(), 4, 3, (20, 80)),
+    (dfxr.BlanesMoan4(), 4, 3, (10, 40)),
+    (dfxr.BlanesMoan6(), 6, 3, (6, 16)),
+    (dfxr.KahanLi6(), 6, 4, (8, 24)),
+    (dfxr.KahanLi8(), 8, 4, (4, 8)),
+]
+
+
+@pytest.mark.parametrize(
+    "solver,order,dense_order,num_steps", SPLITTINGS, ids=lambda x: type(x).__name__
+)
+def test_order_splitting(solver, order, dense_order, num_steps):
+    assert solver.order(None) == order
+    errors = _errors(solver, True, num_steps)
+    assert order - 0.3 < _slope(errors[:, 0], num_steps) < order + 0.6
+    assert _slope(errors[:, 1], num_steps) > min(order, dense_order + 1) - 0.4
+
+
+def _trees(size):
+    """The rooted trees of a size, each the tuple of its branches."""
+
+    def forests(size, largest):
+        if size == 0:
+            yield ()
+        for first in range(min(size, largest[0]), 0, -1):
+            for i, tree in enumerate(_trees(first)):
+                if (first, i) <= largest:
+                    for rest in forests(size - first, (first, i)):
+                        yield (tree, *rest)
+
+    yield from forests(size - 1, (size, 0))
+
+
+@pytest.mark.parametrize(
+    "solver,order", [x[:2] for x in SPLITTINGS], ids=lambda x: type(x).__name__
+)
+def test_order_conditions(solver, order):
+    # Those of a partitioned Runge--Kutta method, to rounding: of the published digits
+    # none is missing.
+    fractions = [np.array(solver.kicks), np.array(solver.drifts)]
+    first = len(fractions[0]) < len(fractions[1])
+    begins, other = fractions[first], fractions[not first]
+    before = np.tril(np.ones((len(begins), len(other))), -1)
+    matrices = before * other, (1 - before).T * begins
+
+    def weights(tree, which):
+        out, size, density = 1.0, 1, 1
+        for branch in tree:
+            x, n, gamma = weights(branch, 1 - which)
+            out, size, density = out * (matrices[which] @ x), size + n, density * gamma
+        return out * np.ones(len(matrices[which])), size, density * size
+
+    assert [len(list(_trees(n))) for n in range(1, 7)] == [1, 1, 2, 4, 9, 20]
+    for size in range(1, order + 1):
+        for tree in _trees(size):
+            for which, b in enumerate((begins, other)):
+                x, _, density = weights(tree, which)
+                assert abs(b @ x - 1 / density) < 4e-15
+
+
+def test_every_splitting_is_tested():
+    public = {
+        x
+        for x in vars(dfxr).values()
+        if isinstance(x, type)
+        and issubclass(x, dfxr.AbstractSplitting)
+        and x is not dfxr.AbstractSplitting
+    }
+    assert public == {type(solver) for solver, *_ in SPLITTINGS}
+
+
 def test_every_explicit_runge_kutta_solver_is_tested():
     in_diffrax = {
         x

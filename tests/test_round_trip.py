@@ -46,6 +46,8 @@ def _states(case, terms, t0, t1, args, dtype, structure, key, spread):
         t_prev, y_prev, *rest = solver_state
         y_prev = jtu.tree_map(perturb, y_prev, random_like(y_prev, key2))
         solver_state = (t_prev - 0.7 * (t1 - t0), y_prev, *rest)
+    elif isinstance(case.solver, dfxr.AbstractSplitting):
+        pass  # No register but `y`, at which the kept evaluation is.
     elif getattr(case.solver, "coupling_parameter", None) == "auto":
         z, _, account = solver_state
         z = jtu.tree_map(perturb, z, random_like(z, key2))

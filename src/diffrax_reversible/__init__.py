@@ -9,7 +9,16 @@ from ._coupling import (
 from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
 from ._registry import register_reversible as register_reversible
 from ._solver.base import AbstractReversibleSolver as AbstractReversibleSolver
+from ._solver.blanes_moan import (
+    BlanesMoan4 as BlanesMoan4,
+    BlanesMoan6 as BlanesMoan6,
+)
+from ._solver.forest_ruth import ForestRuth as ForestRuth
+from ._solver.kahan_li import KahanLi6 as KahanLi6, KahanLi8 as KahanLi8
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint as LeapfrogMidpoint
 from ._solver.reversible_heun import ReversibleHeun as ReversibleHeun
 from ._solver.semi_implicit_euler import SemiImplicitEuler as SemiImplicitEuler
+from ._solver.splitting import AbstractSplitting as AbstractSplitting
+from ._solver.stormer_verlet import StormerVerlet as StormerVerlet
+from ._solver.suzuki import Suzuki4 as Suzuki4
 from ._solver.u_reversible import UReversible as UReversible

@@ -11,6 +11,7 @@ its inside is needed. It is all named in this one file, was checked on the versi
 | `diffrax._integrate.SaveState` | what it carries for every `SubSaveAt` |
 | `diffrax._heuristics.is_sde` | whether terms hold a Brownian motion |
 | `diffrax._heuristics.is_unsafe_sde` | whether it is one that cannot be queried twice |
+| `diffrax._term.WrapTerm` | what terms are wrapped in, so as to integrate forwards |
 | `diffrax._custom_types` | annotations of public methods |
 """
 
@@ -127,6 +128,7 @@ try:
         SaveState as SaveState,
         State as State,
     )
+    from diffrax._term import WrapTerm as WrapTerm
 except ImportError as e:
     raise _unsupported(f"an internal name is gone ({e})") from e
 
