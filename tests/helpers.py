@@ -197,6 +197,7 @@ SOLVERS = {
     "SemiImplicitEuler": SolverCase(
         dfxr.SemiImplicitEuler(), 1, pair=True, host=diffrax.SemiImplicitEuler()
     ),
+    "AsynchronousLeapfrog": SolverCase(dfxr.AsynchronousLeapfrog(), 2, adaptive=True),
     # One of the splittings for all, which differ in nothing but their coefficients.
     "StormerVerlet": SolverCase(dfxr.StormerVerlet(), 2, pair=True),
     "user-generic": SolverCase(GenericLeapfrog(), 2, controls=()),

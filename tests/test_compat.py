@@ -73,6 +73,7 @@ def test_typed_and_public():
         "AbstractCouplingSolver",
         "AbstractReversibleSolver",
         "AbstractSplitting",
+        "AsynchronousLeapfrog",
         "BlanesMoan4",
         "BlanesMoan6",
         "Coupling",

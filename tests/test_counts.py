@@ -117,6 +117,13 @@ def test_evaluations_semi_implicit_euler():
     assert _count(dfxr.SemiImplicitEuler(), pair=True) == (10, 20, 20, 20)
 
 
+def test_evaluations_asynchronous_leapfrog():
+    # One more at the very start, `solver.init`, with its pullback.
+    assert _count(dfxr.AsynchronousLeapfrog()) == (10, 11, 10, 11)
+    # None more where there is no need for a sync.
+    assert _count(dfxr.AsynchronousLeapfrog(full_sync=True)) == (10, 11, 10, 11)
+
+
 @pytest.mark.parametrize(
     "solver,stages",
     [

@@ -187,6 +187,7 @@ GRID = [
     ("ReversibleHeun", "clip", "ode"),
     ("LeapfrogMidpoint", "step_to", "cde"),
     ("SemiImplicitEuler", "constant", "sde"),
+    ("AsynchronousLeapfrog", "pid", "cde"),
     ("StormerVerlet", "step_to", "cde"),
     ("user-generic", "step_to", "ode"),
     ("user-coupling", "constant", "ode"),

@@ -321,6 +321,53 @@ def test_every_splitting_is_tested():
     assert public == {type(solver) for solver, *_ in SPLITTINGS}
 
 
+@pytest.mark.parametrize(
+    "solver,order",
+    [
+        (dfxr.AsynchronousLeapfrog(damping=0.9), 1),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_order_other(solver, order):
+    num_steps = (20, 160)
+    assert solver.order(None) == order
+    errors = _errors(solver, False, num_steps)
+    for slope in _slope(errors[:, 0], num_steps), _slope(errors[:, 1], num_steps):
+        assert order - 0.2 < slope < order + 0.2
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [dfxr.AsynchronousLeapfrog()],
+    ids=lambda x: type(x).__name__,
+)
+def test_dense_output_within_a_step(solver):
+    term, y0 = _pendulum(False)
+
+    @jax.jit
+    def error(h):
+        solve = lambda solver, t, dt: (
+            diffrax.diffeqsolve(
+                term,
+                solver,
+                0.0,
+                t,
+                dt,
+                y0,
+                saveat=diffrax.SaveAt(ts=[h / 3]),
+                adjoint=diffrax.ForwardMode(),
+                max_steps=32,
+            ).ys
+        )
+        ours, exact = solve(solver, h, h), solve(diffrax.Dopri8(), h / 3, h / 30)
+        distances = jtu.tree_map(lambda a, b: jnp.abs(a - b)[0], ours, exact)
+        return jnp.max(jnp.stack(jtu.tree_leaves(distances)))
+
+    # As the step itself: of one order more than the solution.
+    slope = jnp.log2(error(0.1) / error(0.05))
+    assert 2.6 < slope < 3.5
+
+
 def test_every_explicit_runge_kutta_solver_is_tested():
     in_diffrax = {
         x

@@ -525,7 +525,9 @@ def test_gradient_not_finite():
 #
 
 
-@pytest.mark.parametrize("cls", [dfxr.ReversibleHeun, dfxr.LeapfrogMidpoint])
+@pytest.mark.parametrize(
+    "cls", [dfxr.ReversibleHeun, dfxr.LeapfrogMidpoint, dfxr.AsynchronousLeapfrog]
+)
 def test_full_sync(cls):
     exact = _reference("decay")
     error = lambda sol: jnp.max(jnp.abs(sol.ys[0] - exact))

@@ -8,6 +8,9 @@ from ._coupling import (
 )
 from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
 from ._registry import register_reversible as register_reversible
+from ._solver.asynchronous_leapfrog import (
+    AsynchronousLeapfrog as AsynchronousLeapfrog,
+)
 from ._solver.base import AbstractReversibleSolver as AbstractReversibleSolver
 from ._solver.blanes_moan import (
     BlanesMoan4 as BlanesMoan4,
