@@ -79,6 +79,8 @@ def test_typed_and_public():
         "Coupling",
         "diagnose",
         "Diagnosis",
+        "EES25",
+        "EES27",
         "ForestRuth",
         "KahanLi6",
         "KahanLi8",

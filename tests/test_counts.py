@@ -138,6 +138,13 @@ def test_evaluations_splitting(solver, stages):
     assert forward == backward == pullbacks == 2 * stages * n + 1
 
 
+@pytest.mark.parametrize("solver,stages", [(dfxr.EES25(), 3), (dfxr.EES27(), 4)])
+def test_evaluations_effectively_symmetric(solver, stages):
+    # A step back, and then a step to differentiate it.
+    n, forward, backward, pullbacks = _count(solver)
+    assert (forward, backward, pullbacks) == (stages * n, 2 * stages * n, stages * n)
+
+
 def test_evaluations_generic():
     # `backward_step`, and then `step` once more to differentiate it.
     n, forward, backward, pullbacks = _count(GenericLeapfrog())

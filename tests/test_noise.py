@@ -51,6 +51,7 @@ def _driven(solver, num_steps):
         dfxr.AsynchronousLeapfrog(),
         dfxr.StormerVerlet(),
         dfxr.StormerVerlet("position"),
+        dfxr.EES25(),
     ],
 )
 def test_stratonovich(solver):

@@ -325,6 +325,8 @@ def test_every_splitting_is_tested():
     "solver,order",
     [
         (dfxr.AsynchronousLeapfrog(damping=0.9), 1),
+        (dfxr.EES25(), 2),
+        (dfxr.EES27(), 2),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -338,7 +340,7 @@ def test_order_other(solver, order):
 
 @pytest.mark.parametrize(
     "solver",
-    [dfxr.AsynchronousLeapfrog()],
+    [dfxr.AsynchronousLeapfrog(), dfxr.EES25(), dfxr.EES27()],
     ids=lambda x: type(x).__name__,
 )
 def test_dense_output_within_a_step(solver):

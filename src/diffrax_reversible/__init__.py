@@ -16,6 +16,7 @@ from ._solver.blanes_moan import (
     BlanesMoan4 as BlanesMoan4,
     BlanesMoan6 as BlanesMoan6,
 )
+from ._solver.effectively_symmetric import EES25 as EES25, EES27 as EES27
 from ._solver.forest_ruth import ForestRuth as ForestRuth
 from ._solver.kahan_li import KahanLi6 as KahanLi6, KahanLi8 as KahanLi8
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint as LeapfrogMidpoint
