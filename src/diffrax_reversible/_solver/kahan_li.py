@@ -79,8 +79,9 @@ class KahanLi8(AbstractSplitting):
     neighbouring steps share. Has no error estimate. Dense output is of order 4. For
     more see [`diffrax_reversible.AbstractSplitting`][].
 
-    It pays at errors close to rounding only, and takes long to compile, as all of its
-    35 sub-steps are.
+    For the same work its energy error is smaller than that of
+    [`diffrax_reversible.BlanesMoan6`][] where both are below about 1e-10. It takes long
+    to compile, as all of its 35 sub-steps are.
 
     ??? cite "Reference"
 
