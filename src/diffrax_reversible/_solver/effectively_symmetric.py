@@ -101,7 +101,7 @@ class _AbstractEffectivelySymmetric(
             self.tableau, terms, t0, t1, y0, args, control, sign=1
         )
         y1 = jtu.tree_map(lambda y, p: y + p, y0, psi.increment)
-        dense_info = _dense_info(y0, y1, psi.k_first)
+        dense_info = _dense_info(y0, y1, psi.k[0])
         return y1, psi.error, dense_info, None, diffrax.RESULTS.successful
 
     def backward_step(
