@@ -12,7 +12,7 @@ import pytest
 import diffrax_reversible as dfxr
 
 from .derivatives import ADJOINT, agree, everything
-from .helpers import relative_difference
+from .helpers import relative_difference, SOLVERS
 from .test_gradient import TOL, weighted_sum
 
 
@@ -554,3 +554,35 @@ def test_ends_of_a_control():
     ts = jnp.array([0.0, 0.3, 0.5, 0.9])
     xs = jnp.array([[0.0, 0.1], [0.5, 0.3], [0.2, 0.8], [0.9, 0.2]])
     agree(loss, (ts, xs))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver(name):
+    # The steps inside are told to the controller, so that nothing is held fixed.
+    case = SOLVERS[name]
+
+    def field(t, y, args):
+        return jnp.tanh(args * y[::-1]) * (1 + 0.3 * jnp.sin(2 * t))
+
+    term = diffrax.ODETerm(field)
+
+    def loss(adjoint, params):
+        y0, w, times, ts = params
+        sol = diffrax.diffeqsolve(
+            (term, term) if case.pair else term,
+            case.solver,
+            times[0],
+            times[-1],
+            None,
+            (y0, y0[::-1]) if case.pair else y0,
+            w,
+            stepsize_controller=diffrax.StepTo(times),
+            saveat=diffrax.SaveAt(t1=True, ts=ts),
+            adjoint=adjoint,
+            max_steps=8,
+        )
+        return weighted_sum(sol.ys)
+
+    times = jnp.array([0.2, 0.35, 0.6, 1.0, 1.3])
+    _, grad = agree(loss, (Y0 + 1, jnp.array(0.7), times, jnp.array([0.5, 1.1])))
+    assert all(jnp.all(x != 0) for x in jtu.tree_leaves(grad))
