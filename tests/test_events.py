@@ -701,3 +701,31 @@ def test_root_finder_fails():
         )
     )(Y0)
     assert jnp.all(jnp.isfinite(grad))
+
+
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_last_step_rejected(max_steps):
+    # In a batch diffrax interpolates in the last step of an element without an event,
+    # though it was rejected: the first of all here, with no accepted step before it.
+    controller = diffrax.PIDController(rtol=1e-6, atol=1e-8, factormin=0.9)
+
+    def loss(k, y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, k: -k * y),
+            RK,
+            0.0,
+            2.0,
+            0.01,
+            y0,
+            k,
+            stepsize_controller=controller,
+            event=diffrax.Event(lambda t, y, args, **kwargs: y - 0.5, NEWTON),
+            adjoint=ADJOINT,
+            max_steps=max_steps,
+            throw=False,
+        )
+        return jnp.sum(sol.ys)
+
+    gradient = eqx.filter_jit(jax.vmap(jax.grad(loss)))
+    with pytest.raises(RuntimeError, match="solve with an event was rejected"):
+        gradient(jnp.array([0.1, 100.0]), jnp.array([0.5001, 1.0]))

@@ -13,7 +13,7 @@ import pytest
 import diffrax_reversible as dfxr
 
 from .derivatives import ADJOINT, agree, everything
-from .helpers import relative_difference
+from .helpers import relative_difference, SOLVERS
 from .test_gradient import MAX_STEPS, TOL, weighted_sum
 
 
@@ -568,3 +568,43 @@ def test_no_bound_on_what_is_saved(save_at):
     # diffrax's own error.
     with pytest.raises(ValueError, match="max_steps=None"):
         solve(ADJOINT, (Y0, W), diffrax.SaveAt(**save_at), max_steps=None)
+
+
+#
+# A solver state that is not what this solve would have begun with
+#
+
+
+@pytest.mark.parametrize("name", ["ReversibleHeun", "StormerVerlet"])
+def test_given_evaluation(name):
+    # It is a part of the first step: of the output in it, and of its derivative by `t0`.
+    pair = name == "StormerVerlet"
+
+    def field(t, y, p):
+        return p * jnp.sin(2 * y) + t
+
+    def loss(adjoint, params):
+        p, f0, y0, times = params
+        sol = diffrax.diffeqsolve(
+            (diffrax.ODETerm(field),) * 2 if pair else diffrax.ODETerm(field),
+            SOLVERS[name].solver,
+            times[0],
+            times[-1],
+            None,
+            (y0, 2 * y0) if pair else y0,
+            p,
+            solver_state=f0 if pair else (y0, f0),
+            stepsize_controller=diffrax.StepTo(times),
+            saveat=diffrax.SaveAt(ts=[0.1, 0.25, 0.6], fn=_nonlinear),
+            adjoint=adjoint,
+            max_steps=8,
+        )
+        return weighted_sum(sol.ys)
+
+    times = jnp.array([0.0, 0.3, 0.7, 1.0])
+    params = (jnp.array(0.8), jnp.array([5.0, -3.0]), jnp.array([1.0, 0.5]), times)
+    agree(loss, params)
+
+
+def _nonlinear(t, y, args):
+    return jtu.tree_map(lambda x: t * jnp.sin(2 * x), y)

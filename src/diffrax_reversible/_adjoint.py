@@ -131,7 +131,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         progress_meter,
         **kwargs,
     ) -> Any:
-        del throw, passed_solver_state, passed_controller_state
+        del throw, passed_controller_state
         if is_unsafe_sde(terms):
             raise ValueError(
                 "`adjoint=ReversibleAdjoint()` does not support `UnsafeBrownianPath`, "
@@ -154,6 +154,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             checkpoints=_num_slots(self.checkpoints, init_state.y),
             checkpoint_every=self.checkpoint_every,
             drift_tolerance=self.drift_tolerance,
+            passed_solver_state=passed_solver_state,
             num_checkpoints=num_checkpoints,
         )
         final_state, stats = host_loop(
@@ -250,6 +251,7 @@ def _outer_while_loop(
     checkpoints,
     checkpoint_every,
     drift_tolerance,
+    passed_solver_state,
     num_checkpoints,
 ):
     """The host's loop over steps, with our rule for differentiating it.
@@ -310,6 +312,7 @@ def _outer_while_loop(
         pullback=pullback,
         steps=tuple(sub.steps for sub in subs),
         drift_tolerance=drift_tolerance,
+        passed_solver_state=passed_solver_state,
     )
     # Handed to `loop` past the host, which calls this.
     num_checkpoints.append(n)
@@ -350,12 +353,10 @@ def _loop_fwd(
     *,
     hoisted,
     num_local,
-    recorder,
     pullback: AbstractPullback,
-    steps,
-    drift_tolerance,
+    **kwargs,
 ):
-    del recorder, steps, drift_tolerance
+    del kwargs
     if any(jtu.tree_leaves(perturbed.unknown)):
         raise NotImplementedError(
             "`adjoint=ReversibleAdjoint()` cannot differentiate with respect to what a "
@@ -433,6 +434,7 @@ def _loop_bwd(
     recorder: Recorder,
     steps,
     drift_tolerance,
+    passed_solver_state,
     **kwargs,
 ):
     del perturbed, kwargs
@@ -483,6 +485,7 @@ def _loop_bwd(
         grad_consts = dict(carry.grad_consts)
         grad_times = carry.grad_times
 
+        is_start = index == 0
         t_prev, t0, made_jump = recorder.read_times(record, init_state, index)
         step = Step(
             t0,
@@ -490,11 +493,13 @@ def _loop_bwd(
             carry.y1,
             recorder.read_recorded(record, carry.solver_state, index),
             made_jump,
+            (is_start, init_state.y, init_state.solver_state)
+            if passed_solver_state
+            else None,
         )
         num_slots, is_slot, is_undone, read_slot = recorder.read_slot(
             record, carry.num_slots, index, active
         )
-        is_start = index == 0
 
         def restore(y0, solver_state0):
             # An element that never made a step is already where it started.
@@ -637,7 +642,7 @@ def _loop_bwd(
             # The host interpolates over the last step that was tried.
             was_used = [jnp.any(g != 0) for g in jtu.tree_leaves(grad_event_info)]
             was_used = ft.reduce(jnp.logical_or, was_used)
-            event_is_lost = was_used & ~no_steps & (event_t1 != t1)
+            event_is_lost = was_used & (event_t1 != t1)
     carry = _Carry(
         num_steps=ends.num_steps,
         num_slots=recorder.num_slots(record),

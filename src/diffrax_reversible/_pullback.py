@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -58,6 +59,9 @@ class Step(NamedTuple):
     # At `t1`, but for its recorded part, which is that at `t0`.
     solver_state: PyTree
     made_jump: Any
+    # If the solve was given a solver state: whether this is its first step, and its
+    # start, `y` and that state.
+    given: tuple[Any, PyTree, PyTree] | None = None
 
 
 class Grads(NamedTuple):
@@ -310,6 +314,13 @@ class CouplingPullback(AbstractPullback):
                     value0, residuals0, with_residuals = fns.linearise(
                         "evaluate", *self._evaluate_arguments(fns, step.t0, others)
                     )
+                    if step.given is not None:
+                        # It need not be what would be found in this solve.
+                        is_start, *state = step.given
+                        kept = solver.split(*state).value
+                        value0 = jtu.tree_map(
+                            lambda a, b: jnp.where(is_start, a, b), kept, value0
+                        )
                     value = value0
                 else:
                     value = value1
