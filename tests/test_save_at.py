@@ -577,7 +577,7 @@ def test_no_bound_on_what_is_saved(save_at):
 
 @pytest.mark.parametrize("name", ["ReversibleHeun", "StormerVerlet"])
 def test_given_evaluation(name):
-    # It is a part of the first step: of the output in it, and of its derivative by `t0`.
+    # It is a part of the first step, of its output, and of its derivative by `t0`.
     pair = name == "StormerVerlet"
 
     def field(t, y, p):

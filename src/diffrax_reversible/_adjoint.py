@@ -15,7 +15,7 @@ from . import _save as save, _times as times_
 from ._compat import host_loop, is_save_state, is_sub_save_at, is_unsafe_sde
 from ._controlled import precision
 from ._drift import all_finite, check_drift, distance
-from ._guard import once_only, reverse_only
+from ._guard import once_only, reverse_only, without_tangents
 from ._hoist import Hoisted, Hoister, materialise, tree_add
 from ._pullback import AbstractPullback, comparable, Functions, make_pullback, Step
 from ._record import make_recorder, Record, Recorder
@@ -305,7 +305,7 @@ def _outer_while_loop(
         init_state.tprev, t1, tuple(sub.ts for sub in subs), controller
     )
     final_state, n = _loop(
-        reverse_only(_Inputs(init_state, times, consts, unknown)),
+        reverse_only(without_tangents(_Inputs(init_state, times, consts, unknown))),
         hoisted=hoisted,
         num_local=num_local,
         recorder=recorder,

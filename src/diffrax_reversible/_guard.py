@@ -3,8 +3,9 @@ have, in place of those that JAX would raise further on."""
 
 import equinox as eqx
 import equinox.internal as eqxi
-import jax
 import jax.extend as jex
+import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
@@ -61,13 +62,30 @@ mlir.register_lowering(_linear_p, _refuse)
 ad.primitive_transposes[_linear_p] = lambda grads, *args: grads
 
 
+def without_tangents(tree: PyTree) -> PyTree:
+    """The identity, through which integers and booleans have no tangents.
+
+    Those that come out of a custom rule have (of dtype `float0`), as `made_jump` of one
+    solve does that is given to the next; and Equinox does not accept them then.
+    """
+
+    def drop(x):
+        if eqx.is_array(x) and (
+            x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer)
+        ):
+            return lax.bitwise_or(x, jnp.zeros_like(x))
+        return x
+
+    return jtu.tree_map(drop, tree)
+
+
 def reverse_only(tree: PyTree) -> PyTree:
     """The identity, that raises an error if it is differentiated in forward mode."""
     dynamic, static = eqx.partition(tree, eqx.is_inexact_array)
     leaves, treedef = jtu.tree_flatten(dynamic)
     if len(leaves) == 0:
         return tree
-    leaves = _reverse_only_p.bind(*[jax.numpy.asarray(x) for x in leaves])
+    leaves = _reverse_only_p.bind(*[jnp.asarray(x) for x in leaves])
     return eqx.combine(jtu.tree_unflatten(treedef, leaves), static)
 
 
