@@ -608,3 +608,38 @@ def test_given_evaluation(name):
 
 def _nonlinear(t, y, args):
     return jtu.tree_map(lambda x: t * jnp.sin(2 * x), y)
+
+
+def test_resumed_at_a_jump():
+    # `made_jump` comes out of one solve and goes into the next.
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(rtol=1e-2, atol=1e-2), jump_ts=[0.5]
+    )
+
+    def loss(adjoint, p):
+        solve = ft.partial(
+            diffrax.diffeqsolve,
+            diffrax.ODETerm(lambda t, y, p: p * jnp.where(t < 0.5, 1.0, -y)),
+            dfxr.UReversible(diffrax.Heun()),
+            dt0=0.1,
+            args=p,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=MAX_STEPS,
+        )
+        first = solve(
+            t0=0.0,
+            t1=0.5,
+            y0=jnp.array([1.0, 0.5]),
+            saveat=diffrax.SaveAt(t1=True, solver_state=True, made_jump=True),
+        )
+        second = solve(
+            t0=first.ts[0],
+            t1=1.0,
+            y0=first.ys[0],
+            solver_state=first.solver_state,
+            made_jump=first.made_jump,
+        )
+        return weighted_sum(second.ys)
+
+    agree(loss, jnp.array(0.8))
