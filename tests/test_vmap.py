@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible import _record
 
 from .helpers import relative_difference
 from .test_gradient import TOL, weighted_sum
@@ -169,3 +170,94 @@ def test_scan_and_checkpoint():
         for adjoint in (dfxr.ReversibleAdjoint(), diffrax.DirectAdjoint())
     ]
     assert relative_difference(*gradients) < TOL
+
+
+#
+# The record: it is made in blocks, which all elements of a batch begin together
+#
+
+
+def _decay(solver, adjoint, max_steps, k, t1, dt0=0.02, rtol=None):
+    if rtol is None:
+        controller = diffrax.ConstantStepSize()
+    else:
+        controller = diffrax.PIDController(rtol=rtol, atol=rtol, factormax=1.5)
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, k: -k * y * (1 + 0.1 * jnp.sin(t))),
+        solver,
+        0.0,
+        t1,
+        dt0,
+        jnp.array([1.0, 0.4]),
+        k,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=max_steps,
+    )
+    return weighted_sum(sol.ys), sol.stats["num_accepted_steps"]
+
+
+# An element that is done must not end the loop of the others: with a checkpoint that it
+# would ask for if it went on, or by filling its block of 64 steps.
+@pytest.mark.parametrize(
+    "solver,adjoint,ks,steps",
+    [
+        (SOLVERS[0], dfxr.ReversibleAdjoint(), [5.0] * 20, list(range(80, 100))),
+        (
+            SOLVERS[1],
+            dfxr.ReversibleAdjoint(checkpoint_every=3, drift_tolerance=None),
+            [0.5, 0.5, 0.5, 0.5],
+            [3, 9, 62, 1],
+        ),
+        (
+            SOLVERS[1],
+            dfxr.ReversibleAdjoint(),
+            [0.5, 0.4, 0.3, 0.2, 0.1],
+            [63, 64, 65, 128, 129],
+        ),
+    ],
+    ids=["controlled", "every", "blocks"],
+)
+def test_elements_of_other_lengths(solver, adjoint, ks, steps):
+    ks, steps = jnp.array(ks), jnp.array(steps)
+    t1 = 0.02 * steps.astype(float) - 0.005
+
+    def total(adjoint, ks):
+        loss, num_steps = jax.vmap(lambda k, t1: _decay(solver, adjoint, 140, k, t1))(
+            ks, t1
+        )
+        return jnp.sum(jnp.sin(loss)), num_steps
+
+    grad, num_steps = jax.jit(jax.grad(ft.partial(total, adjoint), has_aux=True))(ks)
+    assert jnp.array_equal(num_steps, steps)
+    forward = ft.partial(total, diffrax.ForwardMode())
+    _, expected, _ = jax.jit(
+        lambda ks: jax.jvp(forward, (ks,), (jnp.cos(ks),), has_aux=True)
+    )(ks)
+    assert abs(jnp.vdot(grad, jnp.cos(ks)) - expected) < TOL * jnp.sum(jnp.abs(grad))
+
+
+@pytest.mark.parametrize("window", [7, 64])
+@pytest.mark.parametrize(
+    "solver,rtol",
+    [(SOLVERS[0], 1e-4), (dfxr.LeapfrogMidpoint(), None)],
+    ids=["UReversible", "LeapfrogMidpoint"],
+)
+def test_windows(solver, rtol, window, monkeypatch):
+    # Without a bound on the steps the record is made again, piece by piece; in a batch
+    # of which some have just as many steps as there is space for.
+    monkeypatch.setattr(_record, "WINDOW", window)
+    steps = jnp.array([0, 1, 6, 7, 8, 63, 64, 65, 128, 150])
+    ks, t1 = (
+        jnp.linspace(0.1, 0.5, 10),
+        jnp.maximum(0.02 * steps.astype(float) - 0.005, 0),
+    )
+
+    def gradient(max_steps):
+        adjoint = dfxr.ReversibleAdjoint()
+        one = lambda k, t1: _decay(solver, adjoint, max_steps, k, t1, 0.02, rtol)
+        return jax.jit(jax.vmap(jax.grad(one, has_aux=True)))(ks, t1)
+
+    (ours, num_steps), (expected, _) = gradient(None), gradient(256)
+    assert rtol is not None or jnp.array_equal(num_steps, steps)
+    assert relative_difference(ours, expected) < TOL

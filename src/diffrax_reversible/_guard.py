@@ -56,6 +56,7 @@ batching.primitive_batchers[_reverse_only_p] = lambda xs, dims: (
 )
 ad.primitive_jvps[_reverse_only_p] = _jvp
 _linear_p.def_impl(_refuse)
+ad.primitive_jvps[_linear_p] = _refuse
 # As JAX does for a `custom_vjp`: it is never batched before it is transposed.
 batching.primitive_batchers[_linear_p] = _refuse
 mlir.register_lowering(_linear_p, _refuse)

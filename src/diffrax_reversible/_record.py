@@ -156,14 +156,21 @@ class Recorder:
                 out = out & (state.num_accepted_steps < stop)
             return out
 
-        # A batch leaves the inner loop together, so that none waits for another.
+        # A batch leaves the inner loop together, so that none waits for another. An
+        # element that is done must have no say in it: Equinox asks for the condition
+        # after a step that it would make, and takes no notice of what comes of it. So
+        # a loop that this ends would not be ended by what is kept.
+        def any_unfinished(pred, state):
+            return eqxi.unvmap_any(pred & unfinished(state))
+
         def is_full(state, block):
-            return eqxi.unvmap_any(state.num_accepted_steps - block.start >= _BLOCK)
+            full = state.num_accepted_steps - block.start >= _BLOCK
+            return any_unfinished(full, state)
 
         def inner_cond(carry):
             state, block = carry
             out = unfinished(state) & ~is_full(state, block)
-            return out & ~eqxi.unvmap_any(block.wants) if has_slots else out
+            return out & ~any_unfinished(block.wants, state) if has_slots else out
 
         def inner_body(carry):
             state, block = carry
@@ -324,10 +331,9 @@ class Recorder:
 
     def first_step(self, num_steps: Array) -> Array:
         """The first step that can be read, if the record was made of `num_steps`."""
-        # One more is lost, as reading a step looks at the end of the one before.
-        return jnp.where(
-            num_steps <= self.length, 0, jnp.maximum(num_steps - self.length + 1, 0)
-        )
+        # One is lost, as reading a step looks at the end of the one before. (And in all
+        # elements of a batch, or those that have more would be read too far.)
+        return jnp.maximum(num_steps - self.length + 1, 0)
 
     def replace_steps(self, record: Record, of: Record) -> Record:
         """`record`, with the steps of another."""
