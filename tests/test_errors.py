@@ -177,6 +177,7 @@ def test_forward_mode(transform):
         jax.jacfwd(_loss),
         lambda y0: jax.jvp(_loss, (y0,), (y0,)),
         lambda y0: jax.linearize(_loss, y0)[1](y0),
+        jax.grad(lambda y0: jax.jvp(_loss, (y0,), (y0,))[1]),
     ):
         with pytest.raises(NotImplementedError, match=r"adjoint=diffrax.ForwardMode"):
             transform(derivative)(y0)

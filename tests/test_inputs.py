@@ -84,6 +84,7 @@ Y0S = {
 
 
 @pytest.mark.parametrize("name", Y0S)
+@pytest.mark.one_in(3)
 def test_y0(name):
     # Alternating, so that each solver and controller meets all kinds of them.
     i = list(Y0S).index(name)
@@ -124,6 +125,7 @@ def test_gradient_of_integers():
     ],
     ids=["UReversible", "ReversibleHeun", "LeapfrogMidpoint"],
 )
+@pytest.mark.one_in(2)
 def test_complex(solver, controller, save_at):
     def loss(adjoint, params):
         y0, w = params
@@ -138,6 +140,7 @@ def test_complex(solver, controller, save_at):
 
 
 @BOTH
+@pytest.mark.one_in(2)
 def test_leaves_of_different_precision(solver):
     # Times in single precision, or diffrax would make all of `y` of their precision.
     def loss(adjoint, params):
@@ -180,6 +183,7 @@ def _without_x64():
 
 @pytest.mark.parametrize("event", [False, True], ids=["end", "event"])
 @pytest.mark.parametrize("promotion", ["strict", "standard"])
+@pytest.mark.one_in(2)
 def test_single_precision(promotion, event):
     # As JAX is set up by default: without double precision anywhere.
     def loss(adjoint, params):
@@ -255,6 +259,7 @@ def test_args_with_other_things():
 
 
 @BOTH
+@pytest.mark.one_in(2)
 def test_network(solver):
     # In the vector field as a module, and in a closure, and in `args`.
     k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
@@ -294,6 +299,7 @@ def test_nothing_depends_on_it():
 
 
 @pytest.mark.parametrize("value", [1.0, np.array([1.0, 2.0]), jnp.array([1, 1])])
+@pytest.mark.one_in(3)
 def test_vector_field_of_constants(value):
     # Python's numbers, NumPy's arrays, integers.
     def loss(adjoint, y0):
@@ -329,6 +335,7 @@ class Scaled(diffrax.AbstractTerm):
 
 @BOTH
 @pytest.mark.parametrize("controller", [PID, diffrax.ConstantStepSize()], ids=type)
+@pytest.mark.one_in(2)
 def test_term_of_the_user(solver, controller):
     def loss(adjoint, params):
         y0, rate, other = params
@@ -340,6 +347,7 @@ def test_term_of_the_user(solver, controller):
 
 
 @pytest.mark.parametrize("kind", ["to_ode", "cubic", "solution"])
+@pytest.mark.one_in(2)
 def test_controlled(kind):
     ts = jnp.array([0.0, 0.3, 0.7, 1.0])
 
@@ -369,6 +377,7 @@ def test_controlled(kind):
 
 @pytest.mark.parametrize("kind", ["operator", "diagonal"])
 @BOTH
+@pytest.mark.one_in(2)
 def test_diffusion_as_an_operator(kind, solver):
     shape = (2,)
     # One of them of a kind that has more in it than the solver asks for.
@@ -456,6 +465,7 @@ def _indexed(x):
         _indexed,
     ],
 )
+@pytest.mark.one_in(2)
 def test_what_a_vector_field_may_do(inner):
     solver = HEUN if inner in (_custom, _solves, _gradient) else RK
 

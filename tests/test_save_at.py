@@ -119,6 +119,7 @@ TS = jnp.array([0.0, 0.17, 0.3, 0.3, 0.71, 1.0])
 @pytest.mark.filterwarnings("ignore:Complex dtype support:UserWarning")
 # diffrax fills up what has not been saved yet with infinity, be it of integers.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.one_in(3)
 def test_fn(fn, where, controller, solver):
     save_at = {
         "ts": diffrax.SaveAt(t0=True, ts=TS, fn=fn),
@@ -178,6 +179,7 @@ def test_unused():
     ],
     ids=str,
 )
+@pytest.mark.one_in(3)
 def test_few_saved(kwargs):
     save_at = diffrax.SaveAt(**kwargs)
     loss = lambda adjoint, params: everything(solve(adjoint, params, save_at))
@@ -211,6 +213,7 @@ def test_integer_times():
     [(JUMPS, RK, 1.0), (PID, HEUN, -1.0), (None, diffrax.LeapfrogMidpoint(), -1.0)],
     ids=["jumps", "pid", "leapfrog"],
 )
+@pytest.mark.one_in(2)
 def test_dense(controller, solver, sign):
     def loss(adjoint, params):
         save_at = diffrax.SaveAt(dense=True)
@@ -263,6 +266,7 @@ def test_dense_without_a_step():
 
 
 @pytest.mark.parametrize("save_at", [dict(dense=True), dict(ts=TS, t1=True)], ids=str)
+@pytest.mark.one_in(2)
 def test_batch_of_ends(save_at):
     # Some of a batch make no step, or one.
     t1 = jnp.array([0.0, 0.05, 1.0])
@@ -289,6 +293,7 @@ def test_batch_of_ends(save_at):
 
 @pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
 @pytest.mark.parametrize("kept", [("solver_state",), ("controller_state",), "all"])
+@pytest.mark.one_in(3)
 def test_resume(kept, solver):
     names = ("solver_state", "controller_state", "made_jump")
     kept = names if kept == "all" else kept
@@ -354,6 +359,7 @@ def test_resume_is_to_go_on():
 
 
 @pytest.mark.parametrize("name", ["solver_state", "controller_state"])
+@pytest.mark.one_in(2)
 def test_loss_of_what_was_kept(name):
     # `solver_state` is part of the solution; the step sizes are constants.
     def loss(adjoint, params):
@@ -370,6 +376,7 @@ def test_loss_of_what_was_kept(name):
 
 
 @pytest.mark.parametrize("made_jump", [True, False, "array"])
+@pytest.mark.one_in(2)
 def test_made_jump(made_jump):
     made_jump = jnp.array(True) if made_jump == "array" else made_jump
 
@@ -412,6 +419,7 @@ def test_made_jump_stays_static(controller):
 
 @pytest.mark.parametrize("rejected", [None, 6])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.one_in(2)
 def test_discontinuous_vector_field(sign, rejected):
     # With and without the jump given, and with steps rejected on its account.
     controller = diffrax.ClipStepSizeController(
@@ -456,6 +464,7 @@ def test_discontinuous_vector_field(sign, rejected):
     ids=str,
 )
 @pytest.mark.parametrize("max_steps", [1, 4])
+@pytest.mark.one_in(3)
 def test_max_steps_reached(kwargs, max_steps):
     def loss(adjoint, params):
         sol = solve(
@@ -514,6 +523,7 @@ def test_some_of_a_batch_run_out_of_steps():
     [(None, RK), (JUMPS, RK), (PID, HEUN), (None, diffrax.LeapfrogMidpoint())],
     ids=["constant", "jumps", "pid", "leapfrog"],
 )
+@pytest.mark.one_in(2)
 def test_no_bound(controller, solver):
     def loss(params, max_steps):
         save_at = diffrax.SaveAt(t0=True, t1=True, ts=TS)
@@ -564,6 +574,7 @@ def test_no_bound_with_an_event():
 
 
 @pytest.mark.parametrize("save_at", [dict(steps=True), dict(dense=True)], ids=str)
+@pytest.mark.one_in(2)
 def test_no_bound_on_what_is_saved(save_at):
     # diffrax's own error.
     with pytest.raises(ValueError, match="max_steps=None"):

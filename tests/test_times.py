@@ -48,6 +48,7 @@ FRACTIONS = jnp.array([0.0, 0.12, 0.5, 0.5, 0.77, 1.0])
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("controller", ["constant", "pid", "pid-dt0", "clip", "jump"])
+@pytest.mark.one_in(3)
 def test_quadratic(controller, sign):
     stepsize_controller, dt0 = {
         "constant": (diffrax.ConstantStepSize(), 0.13),
@@ -101,6 +102,7 @@ def test_quadratic(controller, sign):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.one_in(2)
 def test_dense(sign):
     # Evaluated at times that are differentiated as well.
     def ours(params):
@@ -293,6 +295,7 @@ def _solve(adjoint, params, solver, controller, dt0, save_at, max_steps=MAX_STEP
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("controller,dt0,solver,save_at", GRID)
+@pytest.mark.one_in(3)
 def test_steps_held_fixed(controller, dt0, solver, save_at, sign):
     controller = {"constant": diffrax.ConstantStepSize(), "pid": PID}[controller]
     dt0 = None if dt0 is None else sign * dt0
@@ -326,6 +329,7 @@ def test_steps_held_fixed(controller, dt0, solver, save_at, sign):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.one_in(2)
 def test_accurate_solve(sign):
     # y' = p y cos(t), solved well enough that it matters no more how.
     def ours(params):
@@ -360,6 +364,7 @@ def test_accurate_solve(sign):
 
 
 @pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
+@pytest.mark.one_in(2)
 def test_finite_differences(solver):
     # Of a solve with many steps: what those inside of the interval do when its ends
     # move makes a difference of the order of the error, 1e-6 here; and a linear
@@ -437,6 +442,7 @@ def _with_steps(adjoint, times, solver=RK):
 
 
 @pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
+@pytest.mark.one_in(2)
 def test_step_to(solver):
     # Each of them is an argument of the user's, and none is chosen by a controller.
     def loss(adjoint, times):
@@ -510,6 +516,7 @@ def test_nested_clip():
 
 
 @pytest.mark.parametrize("dt0", ["constant", "pid"])
+@pytest.mark.one_in(2)
 def test_first_step(dt0):
     # `dt0` is accepted. In an exact solve it does not matter.
     controller = diffrax.ConstantStepSize() if dt0 == "constant" else PID
@@ -557,6 +564,7 @@ def test_ends_of_a_control():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.one_in(2)
 def test_every_solver(name):
     # The steps inside are told to the controller, so that nothing is held fixed.
     case = SOLVERS[name]

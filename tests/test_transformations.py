@@ -62,6 +62,7 @@ def loss_of(adjoint, w, y0, *args, **kwargs):
 @pytest.mark.parametrize(
     "solver,controller", [(RK, PID), (HEUN, CONSTANT)], ids=["UReversible", "Heun"]
 )
+@pytest.mark.one_in(2)
 def test_jacobian(solver, controller):
     # A batch of gradients, of one and the same solve.
     fn = lambda adjoint: lambda w, y0: ys(adjoint, w, y0, solver, controller)
@@ -142,6 +143,7 @@ B = jnp.array([0.3, 1.0, 2.0])
 
 
 @pytest.mark.parametrize("over", ["w", "y0", "times", "solver_state", "none"])
+@pytest.mark.one_in(3)
 def test_batch_over(over):
     # Of one argument, and of a gradient with respect to others; per example.
     def single(w, y0, scale):
@@ -194,6 +196,7 @@ def test_batch_of_batches():
     ],
     ids=["nothing", "everything", "dots"],
 )
+@pytest.mark.one_in(2)
 def test_checkpoint(policy):
     def loss(adjoint, params):
         w, y0 = params
@@ -269,7 +272,7 @@ def test_implicit_layer():
         )
         return y0.value
 
-    with pytest.raises(Exception, match="ForwardMode"):
+    with pytest.raises(NotImplementedError, match="ForwardMode"):
         jax.jit(shoot)(W, jnp.array([0.3, 0.2]))
 
 
@@ -289,6 +292,7 @@ def test_implicit_layer():
     ],
     ids=["dense", "steps", "ReversibleHeun", "auto"],
 )
+@pytest.mark.one_in(2)
 def test_hessian_vector_product(solver, controller, kwargs):
     def value(adjoint, w, y0):
         sol = solve(adjoint, w, y0, solver, controller, **kwargs)
@@ -326,7 +330,7 @@ def test_forward_mode(solver, batched):
     y0 = Y0
     if batched:
         forward, y0 = jax.vmap(forward), jnp.stack([Y0, Y0])
-    with pytest.raises(Exception, match="ForwardMode"):
+    with pytest.raises(NotImplementedError, match="ForwardMode"):
         jax.jit(forward)(y0)
 
 
@@ -340,7 +344,7 @@ def test_forward_mode(solver, batched):
 )
 def test_reverse_over_reverse(second):
     fn = lambda y0: loss_of(ADJOINT, W, y0, PUBLISHED, CONSTANT)
-    with pytest.raises(Exception, match="reverse"):
+    with pytest.raises(RuntimeError, match="in reverse mode once more"):
         jax.jit(second(fn))(Y0)
 
 
@@ -354,6 +358,7 @@ def test_reverse_over_reverse(second):
     [(diffrax.TextProgressMeter, True), (diffrax.TqdmProgressMeter, False)],
     ids=["text", "tqdm"],
 )
+@pytest.mark.one_in(2)
 def test_progress_meter(make, batched, capfd):
     if make is diffrax.TqdmProgressMeter:
         pytest.importorskip("tqdm")
