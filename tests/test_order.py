@@ -264,8 +264,8 @@ SPLITTINGS = [
 def test_order_splitting(solver, order, dense_order, num_steps):
     assert solver.order(None) == order
     errors = _errors(solver, True, num_steps)
-    assert order - 0.3 < _slope(errors[:, 0], num_steps) < order + 0.6
-    assert _slope(errors[:, 1], num_steps) > min(order, dense_order + 1) - 0.4
+    assert order - 0.3 < _slope(errors.end, num_steps) < order + 0.6
+    assert _slope(errors.ts, num_steps) > min(order, dense_order + 1) - 0.4
 
 
 def _trees(size):
@@ -334,7 +334,7 @@ def test_order_other(solver, order):
     num_steps = (20, 160)
     assert solver.order(None) == order
     errors = _errors(solver, False, num_steps)
-    for slope in _slope(errors[:, 0], num_steps), _slope(errors[:, 1], num_steps):
+    for slope in _slope(errors.end, num_steps), _slope(errors.ts, num_steps):
         assert order - 0.2 < slope < order + 0.2
 
 

@@ -473,7 +473,7 @@ def test_drift_of_one_element_of_a_batch():
     params = (jnp.array([1.0, 0.3]), jnp.array(1.0))
     run = _drifting(jnp.float64, dfxr.ReversibleAdjoint())
     jax.block_until_ready(run(params, jnp.array([20.0, 30.0])))
-    with pytest.raises(Exception, match="did not arrive at the state"):
+    with pytest.raises(RuntimeError, match="did not arrive at the state"):
         jax.block_until_ready(run(params, jnp.array([20.0, 400.0])))
 
 
