@@ -259,7 +259,7 @@ def _outer_while_loop(
     `solver.init`, saving at `t0` and `t1`, locating an event, and all else that the
     host does before and after, lies outside this function and is differentiated by JAX.
     """
-    init_state = with_arrays(init_state)
+    init_state = without_tangents(with_arrays(init_state))
     recorder = make_recorder(
         solver,
         stepsize_controller,
@@ -305,7 +305,7 @@ def _outer_while_loop(
         init_state.tprev, t1, tuple(sub.ts for sub in subs), controller
     )
     final_state, n = _loop(
-        reverse_only(without_tangents(_Inputs(init_state, times, consts, unknown))),
+        reverse_only(_Inputs(init_state, times, without_tangents(consts), unknown)),
         hoisted=hoisted,
         num_local=num_local,
         recorder=recorder,
