@@ -68,8 +68,9 @@ class Record(NamedTuple):
 class _Block(NamedTuple):
     """What is carried from step to step besides the host's state."""
 
-    # The steps since the one of this number.
+    # The steps since the one of this number, and whether there are `_BLOCK` of them.
     start: Array
+    is_full: Array
     steps: Steps
     t_last: Array
     is_consistent: Array
@@ -158,14 +159,14 @@ class Recorder:
 
         # A batch leaves the inner loop together, so that none waits for another. An
         # element that is done must have no say in it: Equinox asks for the condition
-        # after a step that it would make, and takes no notice of what comes of it. So
-        # a loop that this ends would not be ended by what is kept.
+        # after a step that it would make, and then takes no notice of that step. So a
+        # loop that it ended would go on, by what is kept, and be ended again for ever.
+        # Hence `is_done` below, for such steps, and `unfinished` here, for what is kept.
         def any_unfinished(pred, state):
             return eqxi.unvmap_any(pred & unfinished(state))
 
         def is_full(state, block):
-            full = state.num_accepted_steps - block.start >= _BLOCK
-            return any_unfinished(full, state)
+            return any_unfinished(block.is_full, state)
 
         def inner_cond(carry):
             state, block = carry
@@ -174,8 +175,10 @@ class Recorder:
 
         def inner_body(carry):
             state, block = carry
+            is_done = ~unfinished(state)
             new_state = body_fun(state)
-            return new_state, self._append(block, state, new_state, has_slots)
+            block = self._append(block, state, new_state, is_done, has_slots)
+            return new_state, block
 
         def inner_buffers(carry):
             state, block = carry
@@ -200,7 +203,9 @@ class Recorder:
                 lambda: self._flush(record.steps, block, n - block.start),
                 lambda: record.steps,
             )
-            block = block._replace(start=jnp.where(ends, n, block.start))
+            block = block._replace(
+                start=jnp.where(ends, n, block.start), is_full=jnp.array(False)
+            )
             return state, block, record._replace(steps=steps)
 
         def outer_buffers(carry):
@@ -211,6 +216,7 @@ class Recorder:
         none = None if slots is None else jnp.array(False)
         block = _Block(
             start=jnp.asarray(init_state.num_accepted_steps),
+            is_full=jnp.array(False),
             steps=self._empty_steps(init_state, _BLOCK),
             t_last=init_state.tprev,
             is_consistent=jnp.array(True),
@@ -238,8 +244,11 @@ class Recorder:
             t_last=block.t_last, is_consistent=block.is_consistent
         )
 
-    def _append(self, block: _Block, state, new_state, has_slots: bool) -> _Block:
-        """Called after every attempted step."""
+    def _append(
+        self, block: _Block, state, new_state, is_done: Array, has_slots: bool
+    ) -> _Block:
+        """Called after every attempted step. `is_done` if it is none, as it is made
+        after the end of a solve for the sake of others in a batch."""
         index = state.num_accepted_steps
         accepted = new_state.num_accepted_steps > index
 
@@ -268,8 +277,10 @@ class Recorder:
             is_consistent = state.tprev == t
             jumps = None
 
+        count = new_state.num_accepted_steps - block.start
         block = block._replace(
             steps=Steps(times, jumps, recorded),
+            is_full=(count >= _BLOCK) & ~is_done,
             t_last=jnp.where(accepted, state.tnext, block.t_last),
             is_consistent=block.is_consistent & (is_consistent | ~accepted),
         )
@@ -280,7 +291,7 @@ class Recorder:
             if self._checkpoint_every is not None:
                 wants = wants | ((index > 0) & (index % self._checkpoint_every == 0))
             block = block._replace(
-                wants=accepted & wants,
+                wants=accepted & wants & ~is_done,
                 is_undone=~jnp.asarray(needs),
                 index=index,
                 state=_arrays(state),
