@@ -161,7 +161,7 @@ class Recorder:
         # element that is done must have no say in it: Equinox asks for the condition
         # after a step that it would make, and then takes no notice of that step. So a
         # loop that it ended would go on, by what is kept, and be ended again for ever.
-        # Hence `is_done` below, for such steps, and `unfinished` here, for what is kept.
+        # Hence `is_done` below for such steps, and `unfinished` here for what is kept.
         def any_unfinished(pred, state):
             return eqxi.unvmap_any(pred & unfinished(state))
 
