@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 import diffrax
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
@@ -39,6 +42,7 @@ def explicit_rk_increment(
     args: Args,
     control: PyTree,
     sign: int,
+    scan: bool = False,
 ) -> Increment:
     r"""The increment $\Psi$ of one step of an explicit Runge--Kutta method that starts
     from `y` at `t_from` and goes to `t_to`.
@@ -49,25 +53,58 @@ def explicit_rk_increment(
     In this way the control, which may be costly, is the same for a step and for its
     reverse.)
 
-    The stages are unrolled: only nonzero coefficients are multiplied, and no stage is
-    evaluated that does not contribute.
+    By default the stages are unrolled: only nonzero coefficients are multiplied. With
+    `scan` the vector field is compiled once, and not once for every stage. In either
+    case no stage is evaluated that does not contribute.
     """
     stages = num_evaluations(tableau)
-    k: list[PyTree] = []
-    for i in range(stages):
-        if i == 0:
-            c, y_i = 0.0, y
-        else:
-            c = tableau.c[i - 1].item()
-            y_i = _combine(tableau.a_lower[i - 1], k, sign, y)
+    ts = [t_from]
+    for c in tableau.c[: stages - 1].tolist():
         # Exact at both ends, where the vector field may have its only finite limit.
         t_i = t_from if c == 0 else t_to if c == 1 else t_from + c * (t_to - t_from)
-        k.append(term.vf_prod(t_i, y_i, args, control))
+        ts.append(t_i)
+    if scan and stages > 1:
+        k = _scan_stages(tableau, term, ts, y, args, control, sign)
+    else:
+        k = []
+        for i, t_i in enumerate(ts):
+            y_i = y if i == 0 else _combine(tableau.a_lower[i - 1], k, sign, y)
+            k.append(term.vf_prod(t_i, y_i, args, control))
     return Increment(
         increment=_combine(tableau.b_sol[:stages], k, sign),
         error=_combine(tableau.b_error[:stages], k, sign),
         k=tuple(k),
     )
+
+
+def _scan_stages(
+    tableau: diffrax.ButcherTableau,
+    term: diffrax.AbstractTerm,
+    ts: list[RealScalarLike],
+    y: Y,
+    args: Args,
+    control: PyTree,
+    sign: int,
+) -> list[PyTree]:
+    n = len(ts)
+    a = np.zeros((n, n))
+    for i in range(1, n):
+        a[i, :i] = sign * tableau.a_lower[i - 1]
+    struct = eqx.filter_eval_shape(term.vf_prod, ts[0], y, args, control)
+    rows = jtu.tree_map(lambda x: jnp.asarray(a, x.dtype), struct)
+
+    def stage(k, xs):
+        i, t_i, rows_i = xs
+        y_i = jtu.tree_map(
+            lambda y, row, k: y + jnp.tensordot(row, k, 1, precision="highest"),
+            *(y, rows_i, k),
+        )
+        k_i = term.vf_prod(t_i, y_i, args, control)
+        return jtu.tree_map(lambda x, x_i: x.at[i].set(x_i), k, k_i), None
+
+    empty = jtu.tree_map(lambda x: jnp.zeros((n, *x.shape), x.dtype), struct)
+    k, _ = lax.scan(stage, empty, (np.arange(n), jnp.stack(ts), rows))
+    return [jtu.tree_map(lambda x, i=i: x[i], k) for i in range(n)]
 
 
 def _combine(

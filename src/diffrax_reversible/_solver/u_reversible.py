@@ -142,8 +142,8 @@ class UReversible(
     def term_compatible_contr_kwargs(self):
         return self.solver.term_compatible_contr_kwargs
 
-    # diffrax sets this field on whatever says that it is a Runge--Kutta solver, as a
-    # wrapper around one does.
+    # diffrax's other adjoints set this field on whatever says that it is a Runge--Kutta
+    # solver, as a wrapper around one does.
     @property
     def scan_kind(self):
         return self.solver.scan_kind
@@ -269,16 +269,25 @@ class UReversible(
         shift, info = self._return(step, y1)
         return jtu.tree_map(lambda p: -p, shift), info
 
-    def _go(self, step: StepInfo, y: PyTree):
-        psi = explicit_rk_increment(
-            self._tableau, step.terms, step.t0, step.t1, y, step.args, step.control, 1
+    def _increment(self, step: StepInfo, t_from, t_to, y: PyTree, sign: int):
+        return explicit_rk_increment(
+            self._tableau,
+            step.terms,
+            t_from,
+            t_to,
+            y,
+            step.args,
+            step.control,
+            sign,
+            scan=self.scan_kind is not None,
         )
+
+    def _go(self, step: StepInfo, y: PyTree):
+        psi = self._increment(step, step.t0, step.t1, y, 1)
         return psi.increment, dict(k=psi.k, error=psi.error)
 
     def _return(self, step: StepInfo, y: PyTree):
-        psi = explicit_rk_increment(
-            self._tableau, step.terms, step.t1, step.t0, y, step.args, step.control, -1
-        )
+        psi = self._increment(step, step.t1, step.t0, y, -1)
         return psi.increment, dict(k=psi.k[0])
 
     def finish(self, registers0, registers1, infos):
@@ -326,7 +335,11 @@ class UReversible(
 
 UReversible.__init__.__doc__ = """**Arguments:**
 
-- `solver`: The solver to wrap; any [`diffrax.AbstractERK`][].
+- `solver`: The solver to wrap; any [`diffrax.AbstractERK`][]. Its stages are unrolled,
+    which runs fastest. If its `scan_kind` is given, as in `Tsit5(scan_kind="lax")`,
+    then they are made by a loop (of one kind, whichever it is), so that the vector
+    field is compiled 2 times in a step and not `2s` times: for vector fields that take
+    long to compile.
 - `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
     number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
     that is the better are `y` and `z` kept together, and the faster do rounding errors
