@@ -12,9 +12,19 @@ PYTHON = "3.11"
 DIFFRAX = ["0.7.0", "0.7.1", "0.7.2"]
 
 
-def _pytest(session: nox.Session, *args: str) -> None:
-    # Compiling takes most of the time, and two processes share the work well.
-    session.run("pytest", "-n", "2", "--dist", "worksteal", *args, *session.posargs)
+# Compiling takes most of the time, which these halve. (What they leave out is tested by
+# `lowest`, which does without.)
+FAST = {
+    "XLA_FLAGS": " ".join(
+        ["--xla_cpu_use_fusion_emitters=false", "--xla_backend_optimization_level=0"]
+    )
+}
+
+
+def _pytest(session: nox.Session, *args: str, env: dict[str, str] = FAST) -> None:
+    # Two processes share the work well.
+    command = ("pytest", "-n", "2", "--dist", "worksteal", *args, *session.posargs)
+    session.run(*command, env=env)
 
 
 @nox.session
@@ -52,6 +62,7 @@ def lowest(session: nox.Session) -> None:
         # Old versions of the dependencies warn of each other.
         "-W",
         "default",
+        env={},
     )
 
 
@@ -60,6 +71,13 @@ def exhaustive(session: nox.Session) -> None:
     """Gradients over all combinations of solver, controller, `SaveAt` and terms."""
     session.install("-e", ".[tests,examples]")
     _pytest(session, "-m", "exhaustive")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Thousands of solves, drawn from all that can be combined."""
+    session.install("-e", ".[tests,examples]")
+    _pytest(session, "tests/test_fuzz.py", "-m", "exhaustive or not exhaustive")
 
 
 @nox.session
