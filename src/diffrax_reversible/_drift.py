@@ -36,10 +36,14 @@ def all_finite(tree):
     return ft.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
+def default_tolerance(drift) -> float:
+    # Single precision cannot do better, and double need not be worse.
+    return 6e-5 if drift.dtype.itemsize <= 4 else 1e-5
+
+
 def check_drift(grads, drift, tolerance):
     if tolerance == "auto":
-        # Single precision cannot do better, and double need not be worse.
-        tolerance = 6e-5 if drift.dtype.itemsize <= 4 else 1e-5
+        tolerance = default_tolerance(drift)
     remedies = (
         "The gradient would be wrong (which says nothing of the solution). Use "
         "`ReversibleAdjoint(checkpoint_every=...)`, with enough `checkpoints`, for "
