@@ -80,3 +80,39 @@ def test_adaptive(solver):
 
     ours, heun = solve(solver), solve(diffrax.Heun())
     assert abs(ours - heun) < 0.1 * heun
+
+
+def test_defect_is_told():
+    # What `diagnose` finds at the start is what the adjoint compares with its
+    # tolerance, and about the error of the gradient; and checkpoints make it smaller.
+    solver, h = dfxr.EES25(), 0.1
+    params = (jax.random.normal(jax.random.key(0), (3, 3)), jnp.array([1.0, 0.5, -0.2]))
+    w, y0 = params
+    found = dfxr.diagnose(
+        diffrax.ODETerm(lambda t, y, args: jnp.tanh(w @ y) + 0.1 * jnp.cos(t)),
+        solver,
+        0.0,
+        4.0,
+        h,
+        y0,
+        max_steps=64,
+    )
+    # It has no second register, and never asks for a checkpoint by itself.
+    assert found.num_checkpoints == 0
+    assert np.all(np.isnan(found.separation)) and np.all(np.isnan(found.coupling))
+    drift = float(found.drift[0])
+    assert drift == np.max(found.drift) > 0
+
+    def gradient(**kwargs):
+        return _gradient(solver, dfxr.ReversibleAdjoint(**kwargs), h, params)
+
+    ours = gradient(drift_tolerance=1.01 * drift)
+    with pytest.raises(RuntimeError, match="did not arrive at the state"):
+        jax.block_until_ready(gradient(drift_tolerance=0.99 * drift))
+    exact = _gradient(solver, diffrax.RecursiveCheckpointAdjoint(), h, params)
+    error = relative_difference(ours, exact)
+    assert drift / 50 < error < 50 * drift
+    # With every step stored there is none left but rounding.
+    some = gradient(checkpoint_every=10, drift_tolerance=0.99 * drift)
+    assert relative_difference(some, exact) < 0.75 * error
+    assert relative_difference(gradient(checkpoint_every=1), exact) < 1e-13

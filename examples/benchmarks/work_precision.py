@@ -2,63 +2,181 @@
 
     python examples/benchmarks/work_precision.py [--quick] [--output work_precision.png]
 
-For Lotka--Volterra over four periods, with fixed steps of several sizes, for every
-solver and adjoint: the error of the gradient of a function of the solution at the end
-with respect to all parameters, that of the function, and the median time of the two,
-against a reference with `Dopri8` and very small steps.
+On three problems, with fixed steps of several sizes, for every solver that fits:
+
+    conservative    a Kepler orbit of eccentricity 0.3, over four periods
+    dissipative     Van der Pol's equation with mu = 3, over a time of 10
+    stochastic      a pendulum with additive noise, over a time of 4, on 16 paths
+
+The error of the gradient of a function of the solution at the end with respect to the
+initial value and a parameter, that of the solution, and the median time of the two;
+against a reference with very small steps (of the stochastic problem on the same paths).
+`--` where `ReversibleAdjoint` refuses the gradient.
 """
 
 import argparse
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from gradient import DEFAULT, lotka_volterra, medians, OURS, PUBLISHED
+from gradient import DEFAULT, medians, OURS, PUBLISHED
 
-from diffrax_reversible import (
-    LeapfrogMidpoint,
-    ReversibleAdjoint,
-    ReversibleHeun,
-    UReversible,
-)
+import diffrax_reversible as dfxr
+from diffrax_reversible import UReversible
 
 
-T1 = 40.0
-METHODS = {
+PLAIN = {
     "Heun, default": (diffrax.Heun(), DEFAULT),
     "Tsit5, default": (diffrax.Tsit5(), DEFAULT),
     "Dopri8, default": (diffrax.Dopri8(), DEFAULT),
+}
+GENERAL = {
     "UReversible(Heun)": (UReversible(diffrax.Heun()), OURS),
     "UReversible(Tsit5)": (UReversible(diffrax.Tsit5()), OURS),
     "UReversible(Dopri8)": (UReversible(diffrax.Dopri8()), OURS),
+    "UReversible(Heun, 0.999)": (UReversible(diffrax.Heun(), PUBLISHED), OURS),
     "UReversible(Tsit5, 0.999)": (UReversible(diffrax.Tsit5(), PUBLISHED), OURS),
-    "ReversibleHeun": (ReversibleHeun(), ReversibleAdjoint(drift_tolerance=None)),
-    "LeapfrogMidpoint": (LeapfrogMidpoint(), ReversibleAdjoint(drift_tolerance=None)),
+    "ReversibleHeun": (dfxr.ReversibleHeun(), OURS),
+    "AsynchronousLeapfrog": (dfxr.AsynchronousLeapfrog(), OURS),
+    "LeapfrogMidpoint": (dfxr.LeapfrogMidpoint(), OURS),
+    "EES25": (dfxr.EES25(), OURS),
+    "EES27": (dfxr.EES27(), OURS),
+}
+SPLITTINGS = {
+    cls.__name__: (cls(), OURS)
+    for cls in (
+        dfxr.SemiImplicitEuler,
+        dfxr.StormerVerlet,
+        dfxr.ForestRuth,
+        dfxr.Suzuki4,
+        dfxr.BlanesMoan4,
+        dfxr.BlanesMoan6,
+        dfxr.KahanLi6,
+        dfxr.KahanLi8,
+    )
+}
+METHODS = {**PLAIN, **GENERAL, **SPLITTINGS}
+
+
+class Problem(NamedTuple):
+    """`dp = force(q, param) dt + noise dW`, `dq = velocity(p, q, param) dt`."""
+
+    force: Any
+    velocity: Any
+    p0: list[float]
+    q0: list[float]
+    param: float
+    t1: float
+    steps: tuple[int, ...]
+    methods: list[str]
+    reference: tuple[Any, int]
+    noise: float = 0.0
+    num_paths: int = 1
+
+
+FINE = (250, 500, 1000, 2000, 4000)
+PROBLEMS = {
+    "conservative": Problem(
+        force=lambda p, q, k: -k * q / jnp.sum(q**2) ** 1.5,
+        velocity=lambda p, q, k: p,
+        p0=[0.0, 1.3**0.5],
+        q0=[1.0, 0.0],
+        param=1.0,
+        t1=8 * np.pi / 0.7**1.5,
+        steps=FINE,
+        methods=list(METHODS),
+        reference=(diffrax.Dopri8(), 64_000),
+    ),
+    "dissipative": Problem(
+        force=lambda p, q, mu: mu * (1 - q**2) * p - q,
+        velocity=lambda p, q, mu: p,
+        p0=[0.0],
+        q0=[2.0],
+        param=3.0,
+        t1=10.0,
+        steps=FINE,
+        methods=[*PLAIN, *GENERAL],
+        reference=(diffrax.Dopri8(), 64_000),
+    ),
+    "stochastic": Problem(
+        force=lambda p, q, k: -k * jnp.sin(q),
+        velocity=lambda p, q, k: p,
+        p0=[0.5],
+        q0=[1.0],
+        param=2.0,
+        t1=4.0,
+        steps=(32, 64, 128, 256, 512),
+        methods=[
+            "Heun, default",
+            "UReversible(Heun)",
+            "UReversible(Heun, 0.999)",
+            "ReversibleHeun",
+            "AsynchronousLeapfrog",
+            "StormerVerlet",
+            "EES25",
+            "EES27",
+        ],
+        reference=(diffrax.Heun(), 8192),
+        noise=0.5,
+        num_paths=16,
+    ),
 }
 
 
-def value_and_gradient(solver, adjoint, n):
-    vector_field, y0, params = lotka_volterra()
+def make_terms(problem, is_pair, key):
+    force, velocity = problem.force, problem.velocity
 
-    @jax.jit
-    @jax.value_and_grad
-    def run(params__y0):
-        params, y0 = params__y0
+    def whole(t, y, k):
+        p, q = jnp.split(y, 2)
+        return jnp.concatenate([force(p, q, k), velocity(p, q, k)])
+
+    def noisy(term, size):
+        if problem.noise == 0:
+            return term
+        # Of a depth that resolves the steps of the reference.
+        path = diffrax.VirtualBrownianTree(0.0, problem.t1, 2e-4, (), key)
+        noise = jnp.where(jnp.arange(size) < len(problem.p0), problem.noise, 0.0)
+        control = diffrax.ControlTerm(lambda t, y, k: noise, path)
+        return diffrax.MultiTerm(term, control)
+
+    if is_pair:
+        kick = diffrax.ODETerm(lambda t, q, k: force(None, q, k))
+        drift = diffrax.ODETerm(lambda t, p, k: velocity(p, None, k))
+        return noisy(kick, len(problem.p0)), drift
+    return noisy(diffrax.ODETerm(whole), 2 * len(problem.p0))
+
+
+def value_and_gradient(problem, method, n):
+    """A function that returns the solution at the end, and a gradient."""
+    solver, adjoint = method
+    is_pair = isinstance(solver, (dfxr.AbstractSplitting, dfxr.SemiImplicitEuler))
+
+    def loss(param__y0, key):
+        param, (p0, q0) = param__y0
         sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(vector_field),
+            make_terms(problem, is_pair, key),
             solver,
             0.0,
-            T1,
-            T1 / n,
-            y0,
-            params,
+            problem.t1,
+            problem.t1 / n,
+            (p0, q0) if is_pair else jnp.concatenate([p0, q0]),
+            param,
             adjoint=adjoint,
             max_steps=n,
         )
-        return sum(jnp.sum(jnp.log(y)) for y in jax.tree.leaves(sol.ys))
+        y1 = jnp.concatenate([jnp.ravel(y) for y in jax.tree.leaves(sol.ys)])
+        return jnp.sum(jnp.sin(y1)), y1
 
-    return lambda: jax.block_until_ready(run((params, y0)))
+    grad = jax.grad(loss, has_aux=True)
+    run = jax.jit(jax.vmap(grad, (None, 0)) if problem.num_paths > 1 else grad)
+    y0 = (jnp.asarray(problem.p0), jnp.asarray(problem.q0))
+    keys = jr.split(jr.key(0), problem.num_paths)
+    keys = keys if problem.num_paths > 1 else keys[0]
+    inputs = (jnp.asarray(problem.param), y0)
+    return lambda: jax.block_until_ready(run(inputs, keys)[::-1])
 
 
 def error(x, y):
@@ -67,23 +185,60 @@ def error(x, y):
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-def plot(table, filename):
+def measure(problem, quick):
+    """Rows `(steps, error of the solution, of the gradient, time)` of each method."""
+    names, steps, (solver, fine) = problem.methods, problem.steps, problem.reference
+    if quick:
+        names = [n for n in names if n in ("Heun, default", "UReversible(Heun)")]
+        steps, fine = (100,), 500
+    reference = value_and_gradient(problem, (solver, DEFAULT), fine)()
+    runs = {
+        (name, n): value_and_gradient(problem, METHODS[name], n)
+        for name in names
+        for n in steps
+    }
+    results = {}
+    for key, run in runs.items():
+        try:
+            results[key] = run()
+        except RuntimeError as e:
+            if "ReversibleAdjoint" not in str(e):
+                raise
+    runs = [runs[key] for key in results]
+    times = dict(zip(results, medians(runs, 1 if quick else 5)))
+    table = {name: [] for name in names}
+    for name in names:
+        for n in steps:
+            row = [np.nan] * 3
+            if (name, n) in results:
+                errors = [error(x, y) for x, y in zip(results[name, n], reference)]
+                row = [*errors, times[name, n]]
+            table[name].append((n, *row))
+    return table
+
+
+def plot(tables, filename):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    for name, rows in table.items():
-        style = "o--" if "default" in name else "o-"
-        for k, (ax, label) in enumerate(zip(axes, ("solution", "gradient"))):
-            points = [(r[1 + k], 1e3 * r[3]) for r in rows if r[1 + k] < 1]
-            if points:
-                ax.plot(*zip(*points), style, label=name, ms=3)
+    figure = Figure(figsize=(11, 4 * len(tables)), layout="constrained")
+    all_axes: Any = figure.subplots(len(tables), 2, squeeze=False)
+    styles = {name: f"C{i % 10}" for i, name in enumerate(METHODS)}
+    dashes = dict.fromkeys(PLAIN, "o--") | dict.fromkeys(SPLITTINGS, "s:")
+    for axes, (title, table) in zip(all_axes, tables.items()):
+        for name, rows in table.items():
+            for k, ax in enumerate(axes):
+                points = [(r[1 + k], 1e3 * r[3]) for r in rows if r[1 + k] < 1]
+                if points:
+                    style = dashes.get(name, "o-")
+                    color = styles[name]
+                    ax.plot(*zip(*points), style, color=color, label=name, ms=3)
+        for ax, label in zip(axes, ("solution", "gradient")):
+            ax.set_xscale("log")
+            ax.set_yscale("log")
             ax.set_xlabel(f"relative error of the {label}")
-    for ax in axes:
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-    axes[0].set_ylabel("time of solution and gradient, ms")
-    axes[1].legend(fontsize="small")
+        axes[0].set_title(title)
+        axes[0].set_ylabel("time of solution and gradient, ms")
+        axes[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(filename)
 
 
@@ -93,31 +248,20 @@ def main(argv=None):
     parser.add_argument("--output", help="where to save a plot")
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
-    methods = METHODS
-    steps = (250, 500, 1000, 2000, 4000)
-    if args.quick:
-        methods = {k: v for k, v in METHODS.items() if "(Heun)" in k or "Heun," in k}
-        steps = (250, 500)
-    reference = value_and_gradient(diffrax.Dopri8(), DEFAULT, 16 * steps[-1])()
-    runs = {
-        (name, n): value_and_gradient(solver, adjoint, n)
-        for name, (solver, adjoint) in methods.items()
-        for n in steps
-    }
-    results = {key: run() for key, run in runs.items()}
-    times = dict(zip(runs, medians(list(runs.values()), 1 if args.quick else 5)))
-
-    print("| method | steps | error of the solution | of the gradient | time, ms |")
-    print("|---|---|---|---|---|")
-    table = {name: [] for name in methods}
-    for (name, n), result in results.items():
-        errors = [error(x, y) for x, y in zip(result, reference)]
-        table[name].append((n, *errors, times[name, n]))
-        cells = " | ".join(f"{x:.1e}" for x in errors)
-        print(f"| {name} | {n} | {cells} | {1e3 * times[name, n]:.2f} |")
+    tables = {}
+    for title, problem in PROBLEMS.items():
+        tables[title] = measure(problem, args.quick)
+        print(f"\n{title}\n")
+        print("| method | steps | error of the solution | of the gradient | time, ms |")
+        print("|---|---|---|---|---|")
+        for name, rows in tables[title].items():
+            for n, *errors, seconds in rows:
+                cells = [f"{x:.1e}" for x in errors] + [f"{1e3 * seconds:.2f}"]
+                cells = ["--"] * 3 if np.isnan(seconds) else cells
+                print(f"| {name} | {n} | {' | '.join(cells)} |", flush=True)
     if args.output is not None:
-        plot(table, args.output)
-    return table
+        plot(tables, args.output)
+    return tables
 
 
 if __name__ == "__main__":

@@ -36,12 +36,17 @@ def all_finite(tree):
     return ft.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
+def default_tolerance(drift) -> float:
+    # Single precision cannot do better, and double need not be worse.
+    return 6e-5 if drift.dtype.itemsize <= 4 else 1e-5
+
+
 def check_drift(grads, drift, tolerance):
     if tolerance == "auto":
-        # Single precision cannot do better, and double need not be worse.
-        tolerance = 6e-5 if drift.dtype.itemsize <= 4 else 1e-5
+        tolerance = default_tolerance(drift)
     remedies = (
         "The gradient would be wrong (which says nothing of the solution). Use "
+        "smaller steps if the solver is `EES25` or `EES27`; or "
         "`ReversibleAdjoint(checkpoint_every=...)`, with enough `checkpoints`, for "
         "shorter ways back; or double precision; or "
         '`UReversible(..., coupling_parameter="auto")` if that is not what you use; or '
@@ -51,7 +56,8 @@ def check_drift(grads, drift, tolerance):
         "The backward pass did not arrive at the state from which the forward pass had "
         f"come: they differ by more than `ReversibleAdjoint(drift_tolerance=...)`, "
         f"here {tolerance} relative to the size of the state. Rounding errors have "
-        f"grown too much on the way. {remedies}",
+        "grown too much on the way, or the defect of a solver that is only nearly "
+        f"reversible. {remedies}",
         "The backward pass arrived at values that are not finite. Either the solution "
         "or its derivative is not finite, or rounding errors have grown beyond all "
         f"bounds on the way back. In the second case: {remedies}",

@@ -53,7 +53,9 @@ register_reversible(
 )
 
 
-def to_reversible(solver: diffrax.AbstractSolver) -> AbstractReversibleSolver:
+def to_reversible(
+    solver: diffrax.AbstractSolver, user: str = "`adjoint=ReversibleAdjoint()`"
+) -> AbstractReversibleSolver:
     # Not `isinstance`, which looks through wrappers such as `HalfSolver`.
     if issubclass(type(solver), AbstractReversibleSolver):
         return solver  # pyright: ignore[reportReturnType]
@@ -66,8 +68,11 @@ def to_reversible(solver: diffrax.AbstractSolver) -> AbstractReversibleSolver:
         remedy = (
             "use a reversible solver, for example `solver=UReversible(diffrax.Tsit5())`"
         )
+    if "adjoint" in user:
+        remedy += (
+            ". Or use `adjoint=diffrax.RecursiveCheckpointAdjoint()`, which accepts "
+            "any solver"
+        )
     raise ValueError(
-        f"`adjoint=ReversibleAdjoint()` needs a reversible solver, and `{name}` is not "
-        f"one: {remedy}. Or use `adjoint=diffrax.RecursiveCheckpointAdjoint()`, which "
-        "accepts any solver."
+        f"{user} needs a reversible solver, and `{name}` is not one: {remedy}."
     )

@@ -152,8 +152,11 @@ class EES25(_AbstractEffectivelySymmetric):
         For a pendulum over a time of 20 it is 3e-5 with 100 steps, 1e-6 with 200 and
         3e-8 with 400; on Van der Pol's equation over a time of 10 it is 2e-5 with 800.
         Where the solution that was rebuilt is off by more than
-        `ReversibleAdjoint(drift_tolerance=...)`, that raises an error. For an exact
-        gradient use [`diffrax_reversible.UReversible`][].
+        `ReversibleAdjoint(drift_tolerance=...)`, that raises an error; how far it is
+        off is in the `drift` of [`diffrax_reversible.diagnose`][]. There are no
+        checkpoints but those of `ReversibleAdjoint(checkpoint_every=...)`, which make
+        the error smaller. For an exact gradient use
+        [`diffrax_reversible.UReversible`][].
 
     ??? cite "Reference"
 
@@ -193,8 +196,11 @@ class EES27(_AbstractEffectivelySymmetric):
         For a pendulum over a time of 20 it is 5e-6 with 50 steps, 4e-8 with 100 and
         3e-10 with 200; on Van der Pol's equation over a time of 10 it is 2e-5 with
         200. Where the solution that was rebuilt is off by more than
-        `ReversibleAdjoint(drift_tolerance=...)`, that raises an error. For an exact
-        gradient use [`diffrax_reversible.UReversible`][].
+        `ReversibleAdjoint(drift_tolerance=...)`, that raises an error; how far it is
+        off is in the `drift` of [`diffrax_reversible.diagnose`][]. There are no
+        checkpoints but those of `ReversibleAdjoint(checkpoint_every=...)`, which make
+        the error smaller. For an exact gradient use
+        [`diffrax_reversible.UReversible`][].
 
     ??? cite "Reference"
 

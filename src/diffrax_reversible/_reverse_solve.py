@@ -1,0 +1,488 @@
+"""Undoing a whole solve.
+
+diffrax itself makes the steps: it is given a solver whose steps are those of
+`backward_step`, and a step size controller that goes back from time to time. The host
+integrates over reversed time, and here that is reversed once more: so `backward_step`
+is called with the very terms and times that `step` was called with.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, final
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, PyTree, Real
+
+from ._adjoint import ReversibleAdjoint
+from ._compat import is_sub_save_at, is_unsafe_sde, RealScalarLike, WrapTerm
+from ._coupling import AbstractCouplingSolver, stop_gradient
+from ._drift import default_tolerance, distance
+from ._registry import to_reversible
+from ._solver.base import AbstractReversibleSolver
+from ._solver.leapfrog_midpoint import LeapfrogMidpoint
+from ._solver.splitting import AbstractSplitting
+from ._solver.u_reversible import UReversible
+
+
+@eqx.filter_jit
+def reverse_solve(
+    terms: PyTree[diffrax.AbstractTerm],
+    solver: diffrax.AbstractSolver,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    dt0: RealScalarLike | None,
+    y1: PyTree[ArrayLike],
+    args: PyTree[Any] = None,
+    *,
+    solver_state: PyTree = None,
+    step_ts: Real[Array, " steps"] | None = None,
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t0=True),
+    adjoint: diffrax.AbstractAdjoint = ReversibleAdjoint(),
+    max_steps: int = 4096,
+    drift_tolerance: float | int | str | None = "auto",
+) -> diffrax.Solution:
+    """Undoes a solve that was made with a reversible solver, step by step, from its end
+    back to its start; and returns what it would have returned for this `saveat`.
+
+    It is to [`diffrax.diffeqsolve`][] what `backward_step` is to `step`. Called with
+    the same arguments, but for the solution at the end in place of that at the start:
+
+    ```python
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    sol = diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, saveat=saveat)
+    back = reverse_solve(
+        terms, solver, t0, t1, dt0, sol.ys[-1], args, solver_state=sol.solver_state
+    )
+    # `back.ys[0]` is `y0`, to rounding
+    ```
+
+    This is not `diffeqsolve` from `t1` to `t0`, which makes other steps, and arrives at
+    `y0` only up to the error of the solver. (Of rounding errors neither is free: where
+    the solution contracts, they grow on the way back.)
+
+    After a solve with steps of different sizes, where they ended has to be given as
+    `step_ts`. To have that as `sol.ts["steps"]`, without the solution there:
+
+    ```python
+    steps = diffrax.SubSaveAt(steps=True, fn=lambda t, y, args: None)
+    end = diffrax.SubSaveAt(t1=True)
+    saveat = diffrax.SaveAt(subs=dict(steps=steps, end=end), solver_state=True)
+    ```
+
+    Accepted are all solvers that can undo every step without a checkpoint. That is not
+    [`diffrax_reversible.UReversible`][] with the coupling `"auto"`, nor anything with
+    `full_sync=True`; and with a coupling of 0.999 rounding errors grow by 1 / 0.999 in
+    each step. With [`diffrax_reversible.EES25`][] and [`diffrax_reversible.EES27`][]
+    the result is as close as the defect of these methods allows, and no closer.
+
+    Costs one `backward_step` for each step, and an array of `max_steps` (or as many as
+    there are `step_ts`) times. Can be used within `jax.jit` and `jax.vmap`, and
+    differentiated with respect to what [`diffrax.diffeqsolve`][] can be, as `adjoint`
+    does.
+
+    !!! warning
+
+        There is no way to notice that the solve was another one, with other `terms`,
+        `args` or steps, than to look at where one arrives: see `drift_tolerance`. In
+        particular a solve cannot be undone that was made with `jump_ts`, or that ended
+        at an event with a root finder: for then the end is not the end of a step.
+
+    **Arguments:**
+
+    - `terms`, `solver`, `t0`, `t1`, `args`: Those of the solve to be undone. (If it
+        ended early, then `t1` is the time at which it did.)
+    - `dt0`: The constant step size of that solve; or `None`, if there are `step_ts`.
+    - `y1`: The solution at `t1`.
+    - `solver_state`: The solver state at `t1`, from `SaveAt(solver_state=True)`. Can be
+        left out with those solvers that have none, and with splittings.
+    - `step_ts`: The ends of the steps, in order, as saved by `SaveAt(steps=True)`, with
+        the `inf` after them. (Or the times that were given to [`diffrax.StepTo`][].)
+    - `saveat`: What to save, as for [`diffrax.diffeqsolve`][] from `t0` to `t1`, and in
+        the same order: `t0` means `t0`, and times increase. But `steps=True` saves the
+        starts of steps, in place of their ends; and `steps=n` every `n`th of them,
+        counted from `t1`. What `solver_state=True` returns is the state at `t0`.
+    - `adjoint`: How to differentiate.
+    - `max_steps`: As in that solve. Not used if there are `step_ts`.
+    - `drift_tolerance`: How far the solver state that is arrived at may be from that
+        with which a solve starts at `t0`, relative to the size of each of its leaves.
+        `"auto"` is 1e-5, or 6e-5 in single precision. Use `None`, for no check, if the
+        solve was not started at `t0` but resumed. Solvers without a state, and
+        splittings, cannot be checked.
+
+    **Returns:**
+
+    A [`diffrax.Solution`][] from `t0` to `t1`.
+
+    **Raises:**
+
+    - `ValueError` if the solver is not reversible or asks for checkpoints; without the
+        `solver_state` if there should be one; without or with both of `dt0` and
+        `step_ts`; for `SaveAt(controller_state=True)` and `SaveAt(made_jump=True)`; and
+        for a [`diffrax.UnsafeBrownianPath`][].
+    - `NotImplementedError` for a solver that has more `recorded` than times, if it is
+        not an [`diffrax_reversible.AbstractCouplingSolver`][] with `next_fixed`.
+    - `RuntimeError` if `step_ts` do not lead from `t0` to `t1`; if there are more than
+        `max_steps` steps; if some are too short to be told from `t0`; or if the state
+        that is arrived at is not finite, or off by more than `drift_tolerance`.
+    """
+    solver = to_reversible(solver, "`reverse_solve`")
+    if is_unsafe_sde(terms):
+        raise ValueError(
+            "`reverse_solve` does not support `UnsafeBrownianPath`, which cannot be "
+            "queried again. Use `VirtualBrownianTree`."
+        )
+    if saveat.controller_state or saveat.made_jump:
+        raise ValueError(
+            "`reverse_solve` does not support `SaveAt(controller_state=True)` and "
+            "`SaveAt(made_jump=True)`."
+        )
+    if (dt0 is None) == (step_ts is None):
+        raise ValueError(
+            "`reverse_solve` needs to know where the steps were: either the constant "
+            "step size `dt0`, or with `dt0=None` their ends `step_ts`, as saved by "
+            "`SaveAt(steps=True)`."
+        )
+
+    with jax.numpy_dtype_promotion("standard"):
+        times = [x for x in (t0, t1, dt0, step_ts) if x is not None]
+        dtype = jnp.result_type(*times)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            dtype = jnp.result_type(float)
+    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    direction = jnp.where(t0 < t1, 1, -1)
+    ts = lax.stop_gradient(_step_times(t0, t1, dt0, step_ts, max_steps, direction))
+    num_steps = jnp.sum(jnp.isfinite(ts) & (ts * direction > t0 * direction))
+    last = jnp.sum(jnp.isfinite(ts)) - 1
+
+    # As diffrax has them, of the solve to be undone.
+    forwards = jtu.tree_map(lambda x: WrapTerm(x, direction), terms, is_leaf=_is_term)
+    start = ft.partial(_start, solver, *stop_gradient((forwards, ts * direction, args)))
+    # Of the right structure; nothing in it is used but what does not depend on `y`.
+    example_y = stop_gradient(jtu.tree_map(jnp.asarray, y1))
+    example = start(example_y)
+    _check_is_undone(solver, example)
+    if solver_state is None:
+        solver_state = _state_from_solution(solver, forwards, t1 * direction, y1, args)
+    recorded = _recorded(solver, forwards, ts * direction, args, example_y, example)
+
+    def reverse(sub):
+        return diffrax.SubSaveAt(
+            t0=sub.t1,
+            t1=sub.t0,
+            ts=None if sub.ts is None else sub.ts[::-1].astype(dtype),
+            steps=sub.steps,
+            fn=sub.fn,
+        )
+
+    subs = jtu.tree_map(reverse, saveat.subs, is_leaf=is_sub_save_at)
+    sol = diffrax.diffeqsolve(
+        terms,
+        _Backwards(solver, recorded),
+        t1,
+        t0,
+        None,
+        y1,
+        args,
+        solver_state=(jtu.tree_map(_as_array, solver_state), last),
+        stepsize_controller=_Retrace(ts, last),
+        # The second for the check.
+        saveat=diffrax.SaveAt(
+            subs=(subs, diffrax.SubSaveAt(t1=True)),
+            dense=saveat.dense,
+            solver_state=True,
+        ),
+        adjoint=adjoint,
+        max_steps=len(ts) - 1,
+    )
+    ts_saved, _ = sol.ts  # pyright: ignore[reportGeneralTypeIssues]
+    ys, y0 = sol.ys  # pyright: ignore[reportGeneralTypeIssues]
+    state0, _ = sol.solver_state  # pyright: ignore[reportGeneralTypeIssues]
+    ys = jtu.tree_map(
+        lambda t, y: jtu.tree_map(lambda x: x[_order(t)], y), ts_saved, ys
+    )
+    sol = eqx.tree_at(
+        lambda s: (s.t0, s.t1, s.ts, s.ys, s.solver_state),
+        sol,
+        (
+            t0,
+            t1,
+            jtu.tree_map(lambda t: t[_order(t)], ts_saved),
+            ys,
+            state0 if saveat.solver_state else None,
+        ),
+        is_leaf=lambda x: x is None,
+    )
+
+    sol = eqx.error_if(
+        sol,
+        sol.stats["num_accepted_steps"] != num_steps,
+        "`reverse_solve` did not make as many steps as the solve had. Either `step_ts` "
+        "are not in order, or some are within 100 floating-point numbers of `t0`, and "
+        "then diffrax joins these steps. Use double precision for the times.",
+    )
+    if drift_tolerance is not None:
+        y0 = stop_gradient(jtu.tree_map(lambda x: x[0], y0))
+        sol = _check_start(sol, solver, (y0, state0), (y0, start(y0)), drift_tolerance)
+    return sol
+
+
+def _is_term(x: Any) -> bool:
+    return isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
+
+
+def _as_array(x: Any):
+    return jnp.asarray(x) if eqx.is_array_like(x) else x
+
+
+def _order(ts: Array) -> Array:
+    """Those that were saved in reverse, and what was not saved after them."""
+    return (jnp.sum(jnp.isfinite(ts)) - 1 - jnp.arange(len(ts))) % len(ts)
+
+
+def _step_times(t0, t1, dt0, step_ts, max_steps: int, direction) -> Array:
+    """`t0`, and the ends of all steps, and then what is not finite."""
+    if step_ts is None:
+        # Those that diffrax makes, to the last bit.
+        clock = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.zeros_like(y)),
+            diffrax.Euler(),
+            lax.stop_gradient(t0),
+            lax.stop_gradient(t1),
+            lax.stop_gradient(dt0),
+            jnp.zeros((), t0.dtype),
+            saveat=diffrax.SaveAt(steps=True, fn=lambda t, y, args: None),
+            adjoint=diffrax.ForwardMode(),
+            max_steps=max_steps,
+        )
+        step_ts = clock.ts
+        assert step_ts is not None
+    ts = jnp.concatenate([t0[None], step_ts.astype(t0.dtype)])
+    is_step = jnp.isfinite(ts)
+    is_ordered = (ts[1:] * direction >= ts[:-1] * direction) & is_step[:-1]
+    return eqx.error_if(
+        ts,
+        ~jnp.all(is_ordered | ~is_step[1:]) | (ts[jnp.sum(is_step) - 1] != t1),
+        "`reverse_solve(step_ts=...)` must be the ends of all steps from `t0` to `t1`, "
+        "in order, as saved by `SaveAt(steps=True)`; and the last of them is `t1`.",
+    )
+
+
+def _check_is_undone(solver: AbstractReversibleSolver, state: PyTree) -> None:
+    # (Within a solve without jumps.)
+    needs = solver.needs_checkpoint(state, state, False)
+    wants = solver.wants_checkpoint(state, state, False)
+    if needs is False and wants is False:
+        return
+    name = type(solver).__name__
+    if isinstance(solver, UReversible):
+        base = type(solver.solver).__name__
+        remedy = (
+            "Use a number for the coupling parameter, for example "
+            f"`UReversible(diffrax.{base}(), 0.999)`, in that solve too."
+        )
+    elif getattr(solver, "full_sync", False):
+        remedy = f"Use `{name}(full_sync=False)`, in that solve too."
+    else:
+        remedy = "Use another solver, in that solve too."
+    raise ValueError(
+        f"`reverse_solve` cannot undo steps of this `{name}`: in some of them it "
+        "forgets what is needed to undo them, and asks for a checkpoint, of which a "
+        f"finished solve has none. {remedy}"
+    )
+
+
+def _start(solver, terms, ts, args, y0) -> PyTree:
+    state = solver.init(terms, ts[0], ts[1], y0, args)
+    return jtu.tree_map(_as_array, state)
+
+
+def _state_from_solution(solver, terms, t1, y1, args) -> PyTree:
+    state = solver.init(terms, t1, t1, jtu.tree_map(jnp.asarray, y1), args)
+    # What a splitting keeps is an evaluation at the solution.
+    if jtu.tree_leaves(state) and not isinstance(solver, AbstractSplitting):
+        raise ValueError(
+            f"`{type(solver).__name__}` has a state, without which its steps cannot be "
+            "undone. Use `SaveAt(t1=True, solver_state=True)` in the solve, and "
+            "`reverse_solve(..., solver_state=sol.solver_state)`."
+        )
+    return state
+
+
+def _recorded(solver, terms, ts, args, y1, state) -> list[Array]:
+    """The leaves of what `solver.recorded` selects, at the starts of all steps."""
+    values = jtu.tree_leaves(solver.recorded(state))
+    if len(values) == 0:
+        return []
+    if (
+        isinstance(solver, AbstractCouplingSolver)
+        and type(solver).steer is not AbstractCouplingSolver.steer
+        and not isinstance(solver, LeapfrogMidpoint)
+    ):
+        raise NotImplementedError(
+            "`reverse_solve` cannot be used with a solver that has both `recorded` and "
+            f"`steer`, as `{type(solver).__name__}` has: what `steer` chose is lost."
+        )
+
+    # It does not depend on `y`. So the steps are made from anywhere, and what they
+    # evaluate is not used.
+    def body(values, interval):
+        t0, t1 = interval
+        state0 = _with_recorded(solver, state, values)
+        _, _, _, state1, _ = solver.step(terms, t0, t1, y1, args, state0, False)
+        return jtu.tree_leaves(solver.recorded(state1)), values
+
+    _, recorded = lax.scan(body, values, (ts[:-1], ts[1:]))
+    return stop_gradient(recorded)
+
+
+def _with_recorded(solver, state: PyTree, values: list[Array]) -> PyTree:
+    if len(values) == 0:
+        return state
+    return eqx.tree_at(lambda s: jtu.tree_leaves(solver.recorded(s)), state, values)
+
+
+def _check_start(sol, solver, rebuilt, start, tolerance):
+    def parts(y, state):
+        # (What else there is follows from these, or only chooses steps to come.)
+        if isinstance(solver, AbstractCouplingSolver):
+            return solver.split(y, state).registers
+        return y, state
+
+    rebuilt, start = stop_gradient((parts(*rebuilt), parts(*start)))
+    drift = distance(rebuilt, start, start)
+    if tolerance == "auto":
+        tolerance = default_tolerance(drift)
+    return eqx.error_if(
+        sol,
+        ~(drift <= tolerance),
+        "`reverse_solve` did not arrive at a state with which a solve starts at `t0`, "
+        f"to `drift_tolerance`, here {tolerance} relative to its size. Either the "
+        "solve was made with other `terms`, `args`, `dt0` or `step_ts`; or rounding "
+        "errors have grown too much on the way back; or, if it was resumed and did not "
+        "start at `t0`, use `drift_tolerance=None`.",
+    )
+
+
+def _reversed(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[diffrax.AbstractTerm]:
+    """The terms of a solve over reversed time, as those of the solve to be undone."""
+    is_wrapped = lambda x: isinstance(x, WrapTerm)
+    return jtu.tree_map(
+        lambda x: WrapTerm(x.term, -x.direction), terms, is_leaf=is_wrapped
+    )
+
+
+@final
+class _Backwards(AbstractReversibleSolver, diffrax.AbstractStratonovichSolver):
+    """Undoes steps, and so is undone by making them. Its state has the number of steps
+    that are left. (Marked, for the host not to warn, as if for one kind of SDEs: it
+    makes no step of its own.)"""
+
+    solver: AbstractReversibleSolver
+    recorded_values: list[Array]
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    @property
+    def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
+        return _ReversedInterpolation(self.solver.interpolation_cls)
+
+    @property
+    def term_compatible_contr_kwargs(self):
+        return self.solver.term_compatible_contr_kwargs
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def strong_order(self, terms):
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms):
+        return self.solver.error_order(terms)
+
+    def init(self, terms, t0, t1, y0, args):
+        raise NotImplementedError  # `reverse_solve` passes the state.
+
+    def func(self, terms, t0, y0, args):
+        return self.solver.func(terms, t0, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del made_jump
+        state, index = solver_state
+        index = index - 1
+        values = [x[index] for x in self.recorded_values]
+        y1, dense_info, state = self.solver.backward_step(
+            _reversed(terms),
+            -t1,
+            -t0,
+            y0,
+            args,
+            _with_recorded(self.solver, state, values),
+            False,
+        )
+        return y1, None, dense_info, (state, index), diffrax.RESULTS.successful
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+        del made_jump
+        state, index = solver_state
+        y0, _, dense_info, state, _ = self.solver.step(
+            _reversed(terms), -t1, -t0, y1, args, state, False
+        )
+        return y0, dense_info, (state, index + 1)
+
+
+class _ReversedInterpolation(eqx.Module):
+    interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation] = eqx.field(
+        static=True
+    )
+
+    def __call__(self, *, t0, t1, **dense_info):
+        return _Reversed(self.interpolation_cls(t0=-t1, t1=-t0, **dense_info))
+
+
+class _Reversed(diffrax.AbstractLocalInterpolation):
+    interpolation: diffrax.AbstractLocalInterpolation
+
+    @property
+    def t0(self):
+        return -self.interpolation.t1
+
+    @property
+    def t1(self):
+        return -self.interpolation.t0
+
+    def evaluate(self, t0, t1=None, left=True):
+        t1 = None if t1 is None else -t1
+        return self.interpolation.evaluate(-t0, t1, not left)
+
+    def derivative(self, t, left=True):
+        out = self.interpolation.derivative(-t, not left)
+        return jtu.tree_map(lambda x: -x, out)
+
+
+class _Retrace(diffrax.AbstractStepSizeController):
+    """Steps from `ts[last]` to the one before, and so on."""
+
+    ts: Array
+    last: Array
+
+    def wrap(self, direction):
+        return _Retrace(self.ts * direction, self.last)
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        del terms, t0, t1, y0, dt0, args, func, error_order
+        index = jnp.maximum(self.last - 1, 0)
+        return self.ts[index], index
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        del t0, y0, y1_candidate, args, y_error, error_order
+        index = jnp.maximum(controller_state - 1, 0)
+        return True, t1, self.ts[index], False, index, diffrax.RESULTS.successful
