@@ -59,7 +59,7 @@ class NeuralODE(eqx.Module):
             t1=TS[-1],
             dt0=0.1,
             y0=y0,
-            saveat=diffrax.SaveAt(ts=TS),
+            saveat=diffrax.SaveAt(ts=jnp.asarray(TS)),
             adjoint=ReversibleAdjoint(),
             max_steps=64,
         )

@@ -24,6 +24,7 @@ Run as `python neural_cde.py [--quick] [--output PATH]`.
 """
 
 import argparse
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -52,7 +53,7 @@ STEP = 1 / WINDOW
 
 def load_data():
     """The years, and the weekly values, of which some are missing (NaN)."""
-    data = co2.load_pandas().data["co2"]
+    data: Any = co2.load_pandas().data["co2"]  # pyright: ignore
     years = data.index.year + (data.index.day_of_year - 1) / 365.25
     return years.to_numpy(), data.to_numpy()
 
@@ -133,8 +134,8 @@ class NeuralCDE(eqx.Module):
 def forecast(
     model,
     coefficients,
-    solver=UReversible(diffrax.Heun()),
-    adjoint=ReversibleAdjoint(),
+    solver: diffrax.AbstractSolver = UReversible(diffrax.Heun()),
+    adjoint: diffrax.AbstractAdjoint = ReversibleAdjoint(),
     dt=STEP,
 ):
     return jax.vmap(lambda c: model(c, solver=solver, adjoint=adjoint, dt=dt))(

@@ -29,6 +29,7 @@ Run as `python neural_sde.py [--quick] [--output PATH]`.
 """
 
 import argparse
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -56,7 +57,7 @@ NUM_SAMPLES = 64
 def load_data():
     """The years, and the series on the scale of the model; its last `HELD_OUT` numbers
     have had no part in anything."""
-    data = sunspots.load_pandas().data
+    data: Any = sunspots.load_pandas().data
     roots = np.sqrt(data["SUNACTIVITY"].to_numpy())
     training = roots[:-HELD_OUT]
     return data["YEAR"].to_numpy(), (roots - training.mean()) / training.std()
@@ -128,6 +129,7 @@ class NeuralSDE(eqx.Module):
             adjoint=adjoint,
             max_steps=None if dt < DT else round(FUTURE / DT) + 1,
         )
+        assert sol.ys is not None
         return jax.vmap(self.readout)(sol.ys)[:, 0]
 
 
@@ -136,8 +138,8 @@ def sample(
     past,
     num_samples,
     key,
-    solver=ReversibleHeun(),
-    adjoint=ReversibleAdjoint(),
+    solver: diffrax.AbstractSolver = ReversibleHeun(),
+    adjoint: diffrax.AbstractAdjoint = ReversibleAdjoint(),
     dt=DT,
 ):
     """Forecasts for a batch, of shape `(batch, num_samples, FUTURE)`."""
