@@ -106,6 +106,11 @@ def bench(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """The examples, at their full size."""
     session.install("-e", ".[examples]")
-    session.run(
-        "python", "examples/hare_lynx.py", "--output", f"{session.create_tmp()}/fit.png"
-    )
+    for name, *options in (
+        ("hare_lynx",),
+        ("many_devices", "--processes", "2"),
+        ("neural_cde",),
+        ("neural_sde",),
+    ):
+        picture = f"{session.create_tmp()}/{name}.png"
+        session.run("python", f"examples/{name}.py", *options, "--output", picture)

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import pathlib
 import re
+import tomllib
 
 import diffrax
 import diffrax._integrate
@@ -98,3 +99,8 @@ def test_typed_and_public():
     assert names == public
     for name in public:
         assert inspect.getdoc(getattr(diffrax_reversible, name))
+
+
+def test_version():
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())
+    assert diffrax_reversible.__version__ == project["project"]["version"]

@@ -1,5 +1,9 @@
 """Whatever cannot be right says so, in the user's words, and names the remedy."""
 
+import ast
+import pathlib
+import re
+
 import diffrax
 import equinox as eqx
 import jax
@@ -7,6 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible import _coupling, _drift, _record
+from diffrax_reversible._solver.asynchronous_leapfrog import _check_damping
+from diffrax_reversible._solver.u_reversible import _check_coupling_parameter
 
 from .helpers import CouplingLeapfrog, GenericLeapfrog
 
@@ -357,3 +364,266 @@ def test_user_solver_with_checkpoints(batched):
     for x, y in zip(ours, expected):
         # Ten steps of a few roundings each.
         assert jnp.allclose(x, y, rtol=1e3 * jnp.finfo(jnp.float64).eps, atol=0)
+
+
+#
+# All messages
+#
+
+SOURCE = pathlib.Path(dfxr.__file__).parent
+# What raises an error at run time is given its message.
+RAISING = {"error_if", "branched_error_if", "nondifferentiable_backward"}
+
+
+def _text(node, names):
+    """All literals in an expression; `{}` for what is known at run time only."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, "{}")
+    if isinstance(node, ast.FormattedValue):
+        name = isinstance(node.value, ast.Name)
+        return _text(node.value, names) if name else "{}"
+    return "".join(_text(child, names) for child in ast.iter_child_nodes(node))
+
+
+def _messages():
+    """Of every exception that is made in the source, and of every `error_if`."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        names = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
+                name = ast.unparse(node.targets[0])
+                names[name] = names.get(name, "") + _text(node.value, names)
+        for node in ast.walk(tree):
+            where = f"{path.relative_to(SOURCE)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Raise):
+                # Neither an exception without a message, nor one that is passed on.
+                assert isinstance(node.exc, ast.Call), where
+            if isinstance(node, ast.Call):
+                *_, name = ast.unparse(node.func).split(".")
+                if name.endswith("Error") or name in RAISING:
+                    arguments = [*node.args, *(k.value for k in node.keywords)]
+                    yield where, "".join(_text(x, names) for x in arguments)
+
+
+class _Method(dfxr.AbstractSplitting):
+    form: str
+
+    @property
+    def kicks(self):
+        return {"sum": (1.1,), "order": (0.3, 0.7), "zero": (0.5, 0.0, 0.5)}.get(
+            self.form, (1.0,)
+        )
+
+    @property
+    def drifts(self):
+        one = {"number": (1.0,), "order": (1.0,)}
+        return one.get(self.form, (0.5, 0.5))
+
+    def order(self, terms):
+        return 2
+
+
+class _HasTableaus(diffrax.Heun):
+    term_structure = diffrax.MultiTerm[tuple[diffrax.ODETerm, diffrax.ODETerm]]
+    tableau = diffrax.MultiButcherTableau(diffrax.Heun.tableau, diffrax.Heun.tableau)
+
+
+class _GivesStages(diffrax.Heun):
+    @staticmethod
+    def interpolation_cls(t0, t1, y0, y1, k):
+        return diffrax.LocalLinearInterpolation(t0=t0, t1=t1, y0=k, y1=k)
+
+
+class _Wrong(CouplingLeapfrog):
+    """A coupling solver with one thing wrong."""
+
+    which: str = "split"
+
+    @property
+    def has_evaluate(self):
+        return self.which != "split"
+
+    def split(self, y, solver_state):
+        registers = super().split(y, solver_state)
+        return registers._replace(fixed=1) if self.which == "split" else registers
+
+    def couplings(self):
+        return super().couplings()[:2]
+
+
+class _Skips(_OwnController):
+    """Leaves out a part of the time."""
+
+    def adapt_step_size(self, t0, t1, *args):
+        return True, t1 + 0.01, t1 + self.dt, False, None, diffrax.RESULTS.successful
+
+
+def _check_record(is_window=False, num_wanted=0, is_repeated=True):
+    y0 = jnp.array(1.0)
+    recorder = _record.Recorder(RK, False, True, None if is_window else 8, 2, None)
+    record = _record.Record(
+        steps=None,  # pyright: ignore
+        slots=None,
+        num_wanted=jnp.array(num_wanted),
+        t_last=jnp.array(1.0),
+        is_consistent=jnp.array(True),
+    )
+    return recorder.check(record, y0, jnp.array(is_repeated))
+
+
+def _sde(solver):
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 0.1, (), jax.random.key(0))
+    noise = diffrax.ControlTerm(lambda t, y, args: y, path)
+    if solver.term_structure == diffrax.AbstractTerm:
+        terms, y0 = noise, jnp.array(1.0)
+    else:
+        terms, y0 = (noise, TERM), (jnp.array(1.0), jnp.array(1.0))
+    solver.init(terms, 0.0, 0.1, y0, None)
+
+
+# How to provoke each message, told by a part of it that is in no other. A string is the
+# name of the test that does so.
+PROVOKED = {
+    # Arguments.
+    "`ReversibleAdjoint(checkpoints=...)` must be": lambda: dfxr.ReversibleAdjoint(
+        checkpoints=-1
+    ),
+    "`ReversibleAdjoint(checkpoint_every=...)` must be": lambda: dfxr.ReversibleAdjoint(
+        checkpoint_every=0
+    ),
+    "`ReversibleAdjoint(drift_tolerance=...)` must be": lambda: dfxr.ReversibleAdjoint(
+        drift_tolerance=-1.0
+    ),
+    "needs a subclass of `diffrax.AbstractSolver`": lambda: dfxr.register_reversible(
+        int, lambda x: x
+    ),
+    '(interpolation=...)` must be "hermite" or': lambda: dfxr.ReversibleHeun(
+        interpolation="cubic"
+    ),
+    "`StormerVerlet(form=...)` must be": lambda: dfxr.StormerVerlet("leapfrog"),
+    # (Not by the class, of which the tests check the annotations.)
+    "`AsynchronousLeapfrog(damping=...)` must be a number": lambda: _check_damping(
+        None
+    ),
+    "`AsynchronousLeapfrog(damping=0.5)` forgets": lambda: dfxr.AsynchronousLeapfrog(
+        damping=0.5
+    ),
+    "`AsynchronousLeapfrog(damping=...)` must be greater": (
+        lambda: dfxr.AsynchronousLeapfrog(damping=2)
+    ),
+    "`AsynchronousLeapfrog(damping=..., full_sync=True)`": (
+        lambda: dfxr.AsynchronousLeapfrog(damping=0.9, full_sync=True)
+    ),
+    '`UReversible(coupling_parameter=...)` must be "auto"': (
+        lambda: _check_coupling_parameter(None)
+    ),
+    "`UReversible(coupling_parameter=...)` must be greater than 0": (
+        lambda: dfxr.UReversible(diffrax.Heun(), 2)
+    ),
+    "is reversible already, and can be used as it is": lambda: dfxr.UReversible(RK),
+    "Any other solver can be used as it is": lambda: dfxr.UReversible(diffrax.Euler()),
+    "has several tableaus": lambda: dfxr.UReversible(_HasTableaus()),
+    "has a `step` of its own": lambda: dfxr.UReversible(_HasStep()),
+    "This one fails with": lambda: dfxr.UReversible(_HasOtherDenseInfo()),
+    ", this one gives": lambda: dfxr.UReversible(_GivesStages()),
+    "`Coupling(also=...)` must be a register other": lambda: dfxr.Coupling(
+        0, lambda step, registers: (None, {}), also=0
+    ),
+    "`Coupling(scale=...)` must be a Python number": lambda: dfxr.Coupling(
+        0, lambda step, registers: (None, {}), scale="half"
+    ),
+    "`Coupling(scale=0)` cannot be undone": lambda: dfxr.Coupling(
+        0, lambda step, registers: (None, {}), scale=0.0
+    ),
+    "there must be one more of either": lambda: _Method("number"),
+    "must add up to 1": lambda: _Method("sum"),
+    "must be a palindrome": lambda: _Method("order"),
+    "must not have zeros in it": lambda: _Method("zero"),
+    "`diagnose(..., max_steps=None)`": lambda: dfxr.diagnose(
+        TERM, RK, 0.0, 1.0, 0.1, jnp.ones(2), max_steps=None
+    ),
+    # When a solve starts.
+    "needs a reversible solver, and `": lambda: solve(solver=diffrax.Tsit5()),
+    "does not support `diffrax.UnsafeBrownianPath`": lambda: solve(
+        terms=diffrax.ControlTerm(
+            lambda t, y, args: y,
+            diffrax.UnsafeBrownianPath((), jax.random.key(0)),
+        ),
+        y0=jnp.array(1.0),
+    ),
+    "is not marked as converging to the Stratonovich": lambda: _sde(
+        dfxr.UReversible(diffrax.Tsit5())
+    ),
+    "neither to its Ito nor to its Stratonovich": lambda: _sde(
+        dfxr.AsynchronousLeapfrog(damping=0.9)
+    ),
+    "sub-steps go backwards in time": lambda: _sde(dfxr.ForestRuth()),
+    ".split` must not set `Registers.fixed`": lambda: solve(solver=_Wrong()),
+    "has_evaluate` needs two couplings, or": lambda: _Wrong(
+        which="couplings"
+    ).checked_couplings(),
+    "is true, but `": lambda: _Wrong(which="evaluate").evaluate(
+        TERM, 0.0, (jnp.ones(2),), None
+    ),
+    ".backward_step` must return `": "test_backward_step_of_another_structure",
+    # When it is differentiated.
+    "cannot be differentiated in forward mode": "test_forward_mode",
+    "cannot be differentiated in reverse mode once more": "test_reverse_over_reverse",
+    "holds that is not one of diffrax's own": "test_controller_of_another_kind",
+    "where a step counts a part of the solver state as a constant": lambda: jax.jvp(
+        lambda x: _coupling._unscaled(jnp.array(0.5), jnp.array(0.0), x),
+        (jnp.array(1.0),),
+        (jnp.array(1.0),),
+    ),
+    # When its gradient has been computed. (By solves: elsewhere.)
+    "did not arrive at the state from which": lambda: _drift.check_drift(
+        jnp.ones(2), jnp.array(0.1), "auto"
+    ),
+    "arrived at values that are not finite": lambda: _drift.check_drift(
+        jnp.ones(2), jnp.array(jnp.inf), "auto"
+    ),
+    "The backward pass needs more checkpoints than": lambda: _check_record(
+        num_wanted=3
+    ),
+    "not lead to the same steps, because of rounding": lambda: _check_record(
+        is_window=True, is_repeated=False
+    ),
+    "started a step elsewhere than": lambda: jax.block_until_ready(
+        jax.grad(
+            lambda y0: jnp.sum(solve(y0, stepsize_controller=_Skips(jnp.array(0.3))).ys)
+        )(jnp.ones(2))
+    ),
+    "The last step of a solve with an event was rejected": (
+        "test_events.py::test_last_step_rejected"
+    ),
+    # When the package is imported.
+    "in which {}. Install a supported version": "test_compat.py::test_unsupported_host",
+}
+
+
+def test_every_message_is_listed():
+    messages = dict(_messages())
+    assert len(messages) > 30
+    for where, message in messages.items():
+        assert any(part in message for part in PROVOKED), f"{where}: {message}"
+        # It names what was asked for, as the user spells it.
+        assert "`" in message, f"{where}: {message}"
+    for part in PROVOKED:
+        found = [where for where, message in messages.items() if part in message]
+        assert len(found) == 1, f"{part}: {found}"
+
+
+@pytest.mark.parametrize("part", PROVOKED)
+def test_message(part):
+    provoke = PROVOKED[part]
+    if isinstance(provoke, str):
+        *file, name = provoke.split("::")
+        path = pathlib.Path(__file__).with_name(*file) if file else __file__
+        assert f"def {name}(" in pathlib.Path(path).read_text()
+        return
+    errors = (ValueError, NotImplementedError, RuntimeError)
+    with pytest.raises(errors, match=re.escape(part)):
+        provoke()

@@ -1,8 +1,11 @@
 """The examples run, at their small size; and so does the code in the README."""
 
 import importlib.util
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +45,47 @@ def test_hare_lynx(tmp_path, capsys):
         assert result["loss"] < result["initial_loss"]
         assert result["difference"] < 0.01
     assert "alpha" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_neural_sde(tmp_path, capsys):
+    output = tmp_path / "forecast.png"
+    results = _load("neural_sde.py").main(["--quick", "--output", str(output)])
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert results["neural SDE"] < results["neural SDE, untrained"]
+    # The same paths, with smaller steps.
+    fine = results["the same, with Heun and a quarter of the step size"]
+    assert abs(fine - results["neural SDE"]) < 0.2 * fine
+    assert "autoregression" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_neural_cde(tmp_path, capsys):
+    output = tmp_path / "forecast.png"
+    results = _load("neural_cde.py").main(["--quick", "--output", str(output)])
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert results["neural CDE"] < results["no change"]
+    fine = results["the same, with Heun and a quarter of the step size"]
+    assert abs(fine - results["neural CDE"]) < 0.2 * fine
+    assert "ridge" in capsys.readouterr().out
+
+
+def test_many_devices(tmp_path):
+    # Two processes, of two devices each. The gradients are compared there.
+    output = tmp_path / "loss.png"
+    flags = "--xla_force_host_platform_device_count=2"
+    out = subprocess.run(
+        [sys.executable, ROOT / "examples" / "many_devices.py"]
+        + ["--quick", "--processes", "2", "--output", output],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert "on 4 devices in 2 processes and on one differ by" in out.stdout
+    before, after = re.findall(r"loss: (\S+) -> (\S+)", out.stdout)[0]
+    assert float(after) < float(before)
 
 
 @pytest.mark.parametrize("name", ["gradient", "memory", "compiling", "work_precision"])

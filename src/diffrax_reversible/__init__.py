@@ -1,4 +1,7 @@
 from . import _compat as _compat  # Checks the installed version of diffrax. # isort: skip
+from importlib.metadata import version as _version
+
+from . import _citation as _citation  # Adds to `diffrax.citation`.
 from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
 from ._coupling import (
     AbstractCouplingSolver as AbstractCouplingSolver,
@@ -27,3 +30,6 @@ from ._solver.splitting import AbstractSplitting as AbstractSplitting
 from ._solver.stormer_verlet import StormerVerlet as StormerVerlet
 from ._solver.suzuki import Suzuki4 as Suzuki4
 from ._solver.u_reversible import UReversible as UReversible
+
+
+__version__ = _version("diffrax-reversible")

@@ -134,9 +134,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         del throw, passed_controller_state
         if is_unsafe_sde(terms):
             raise ValueError(
-                "`adjoint=ReversibleAdjoint()` does not support `UnsafeBrownianPath`, "
-                "which cannot be queried again on the backward pass. Use "
-                "`VirtualBrownianTree`."
+                "`adjoint=ReversibleAdjoint()` does not support "
+                "`diffrax.UnsafeBrownianPath`, which cannot be queried again on the "
+                "backward pass. Use `diffrax.VirtualBrownianTree`."
             )
         solver = to_reversible(solver)
         init_state = with_arrays(init_state)

@@ -9,6 +9,7 @@ its inside is needed. It is all named in this one file, was checked on the versi
 | `diffrax._integrate.loop` | the loop, run with our own `outer_while_loop` |
 | `diffrax._integrate.State` | what that loop carries; fields are read by name |
 | `diffrax._integrate.SaveState` | what it carries for every `SubSaveAt` |
+| `diffrax._autocitation.citation_rules` | what `diffrax.citation` prints |
 | `diffrax._heuristics.is_sde` | whether terms hold a Brownian motion |
 | `diffrax._heuristics.is_unsafe_sde` | whether it is one that cannot be queried twice |
 | `diffrax._term.WrapTerm` | what terms are wrapped in, so as to integrate forwards |
@@ -111,6 +112,7 @@ def _unsupported(reason: str) -> ImportError:
 
 
 try:
+    from diffrax._autocitation import citation_rules as citation_rules
     from diffrax._custom_types import (
         Args as Args,
         BoolScalarLike as BoolScalarLike,

@@ -132,7 +132,9 @@ class Coupling(eqx.Module):
         ):
             raise ValueError(
                 "`Coupling(also=...)` must be a register other than "
-                "`Coupling(register=...)`, and needs `scale=1.0`."
+                "`Coupling(register=...)`, and needs `scale=1.0`, as both are"
+                f" shifted; got `also={self.also}`, `register={self.register}`, "
+                f"`scale={self.scale}`."
             )
         if callable(self.scale):
             return
@@ -402,7 +404,11 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         coupling of the next, if there is one (and then `has_evaluate` is `True`). Its
         value is kept in the solver state, and passed to these two couplings in
         `StepInfo.value`. Must not depend on the register that they update."""
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"`{name}.has_evaluate` is true, but `{name}` has no method `evaluate`. "
+            "Define it, or leave `has_evaluate` out."
+        )
 
     def evaluate_after_jump(
         self,
@@ -435,7 +441,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
                     f"`{type(self).__name__}.has_evaluate` needs two couplings, or "
                     "more, the first and the last of which update the same register: "
                     "only then can the last evaluation of a step be the first of the "
-                    "next."
+                    "next. Otherwise leave `has_evaluate` out."
                 )
         return couplings
 

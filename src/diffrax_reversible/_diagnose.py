@@ -126,7 +126,9 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         del throw, passed_solver_state, passed_controller_state
         if max_steps is None:
             raise ValueError(
-                "`diagnose` needs a bound on the number of steps: use `max_steps=...`."
+                "`diagnose(..., max_steps=None)` is not possible, as every step is "
+                "stored, and so there must be a bound on the number of steps. Use "
+                "`max_steps=...`."
             )
         solver = to_reversible(solver)
         init_state = with_arrays(init_state)

@@ -427,8 +427,9 @@ class Recorder:
                 ~is_repeated,
                 f"This solve makes more than {self.length} steps, and with "
                 "`max_steps=None` they are made again on the backward pass. That did "
-                "not lead to the same steps, because of rounding. Put a bound on the "
-                "number of steps: the memory for it is 8 or 9 bytes a step.",
+                "not lead to the same steps, because of rounding, so its gradient is "
+                "not available. Use a bound, `max_steps=...`: the memory for it is 8 "
+                "or 9 bytes a step.",
             )
         grads = eqx.error_if(
             grads,

@@ -39,7 +39,8 @@ def register_reversible(
     ):
         raise ValueError(
             "`register_reversible(host_solver_cls, ...)` needs a subclass of "
-            f"`diffrax.AbstractSolver`; got {host_solver_cls}."
+            f"`diffrax.AbstractSolver`; got {host_solver_cls}. Pass the class, and "
+            "not an instance of it."
         )
     _registry[host_solver_cls] = convert
 

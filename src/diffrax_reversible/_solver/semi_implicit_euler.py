@@ -31,6 +31,19 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
     solution. And there is none better to be had from the two evaluations of a step, as
     the slopes that these give, of $p$ at its start and of $q$ at its end, are those of
     the line.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @book{hairer2006geometric,
+            title={Geometric Numerical Integration: Structure-Preserving Algorithms for
+                   Ordinary Differential Equations},
+            author={Hairer, Ernst and Lubich, Christian and Wanner, Gerhard},
+            edition={Second},
+            publisher={Springer},
+            year={2006},
+        }
+        ```
     """
 
     term_structure: ClassVar = (diffrax.AbstractTerm, diffrax.AbstractTerm)

@@ -151,8 +151,8 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
         for attribute, fractions in (("kicks", kicks), ("drifts", drifts)):
             if abs(math.fsum(fractions) - 1) > 1e-12:
                 raise ValueError(
-                    f"`{name}.{attribute}` must add up to 1; got "
-                    f"{math.fsum(fractions)!r}."
+                    f"`{name}.{attribute}` must add up to 1, for they are fractions of "
+                    f"a step; got {math.fsum(fractions)!r}. Divide them by that."
                 )
             if any(abs(a - b) > 1e-12 for a, b in zip(fractions, fractions[::-1])):
                 raise ValueError(

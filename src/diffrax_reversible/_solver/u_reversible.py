@@ -380,11 +380,15 @@ def _check_base(solver: diffrax.AbstractSolver) -> None:
             "is reversible already, and can be used as it is."
         )
     if not issubclass(type(solver), diffrax.AbstractERK):
-        name = solver.__name__ if isinstance(solver, type) else type(solver).__name__
+        if isinstance(solver, type):
+            got = f"the class `{solver.__name__}` itself"
+        else:
+            got = f"`{type(solver).__name__}`"
         raise ValueError(
             "`UReversible(solver)` needs an instance of an explicit Runge--Kutta "
             "solver, that is a subclass of `diffrax.AbstractERK`, such as "
-            f"`diffrax.Tsit5()`; got `{name}`."
+            f"`diffrax.Tsit5()`; got {got}. Any other solver can be used as it is, "
+            "with `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
     if not isinstance(
         cast(diffrax.AbstractERK, solver).tableau, diffrax.ButcherTableau
