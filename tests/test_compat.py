@@ -90,6 +90,7 @@ def test_typed_and_public():
         "register_reversible",
         "ReversibleAdjoint",
         "ReversibleHeun",
+        "reverse_solve",
         "SemiImplicitEuler",
         "StepInfo",
         "StormerVerlet",

@@ -599,6 +599,21 @@ PROVOKED = {
     "The last step of a solve with an event was rejected": (
         "test_events.py::test_last_step_rejected"
     ),
+    # When it is undone.
+    **{
+        part: f"test_reverse_solve.py::{test}"
+        for part, test in {
+            "`reverse_solve` does not support `UnsafeBrownianPath`": "test_refused",
+            "`SaveAt(made_jump=True)`": "test_refused",
+            "needs to know where the steps were": "test_refused",
+            "in some of them it forgets": "test_refused",
+            "has a state, without which its steps cannot be": "test_refused",
+            "has both `recorded` and": "test_steered",
+            "must be the ends of all steps from": "test_wrong_steps",
+            "did not make as many steps as the solve had": "test_steps_too_short",
+            "did not arrive at a state with which": "test_drift",
+        }.items()
+    },
     # When the package is imported.
     "in which {}. Install a supported version": "test_compat.py::test_unsupported_host",
 }

@@ -407,7 +407,7 @@ class _Backwards(AbstractReversibleSolver, diffrax.AbstractStratonovichSolver):
         return self.solver.error_order(terms)
 
     def init(self, terms, t0, t1, y0, args):
-        raise NotImplementedError  # `reverse_solve` passes the state.
+        assert False  # `reverse_solve` passes the state.
 
     def func(self, terms, t0, y0, args):
         return self.solver.func(terms, t0, y0, args)
