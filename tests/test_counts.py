@@ -10,7 +10,7 @@ import pytest
 
 import diffrax_reversible as dfxr
 
-from .helpers import GenericLeapfrog, SOLVERS
+from .helpers import from_term, GenericLeapfrog, SOLVERS
 
 
 #
@@ -173,7 +173,7 @@ def test_traces(name):
 
         def loss(y0):
             sol = diffrax.diffeqsolve(
-                (term, term) if case.pair else term,
+                from_term(case, term),
                 case.solver,
                 0.0,
                 t1,
