@@ -8,6 +8,7 @@ from ._coupling import (
 )
 from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
 from ._registry import register_reversible as register_reversible
+from ._solver.aboba import ABOBA as ABOBA
 from ._solver.asynchronous_leapfrog import (
     AsynchronousLeapfrog as AsynchronousLeapfrog,
 )
