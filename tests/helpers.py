@@ -162,6 +162,9 @@ class SolverCase:
     amplification: float = 1.0
     # Whether that happens in every step, so that many of them cannot be undone.
     forgets: bool = False
+    # For those that need noise in all terms: whether it must be "additive", or may be
+    # "general".
+    noise: str | None = None
 
 
 U = dfxr.UReversible
@@ -181,6 +184,17 @@ SOLVERS = {
     ),
     "UReversible-Bosh3-1": SolverCase(
         U(diffrax.Bosh3(), 1), 3, controls=("cde",), adaptive=True
+    ),
+    "UReversible-ShARK": SolverCase(
+        U(diffrax.ShARK()),
+        2,
+        controls=("sde",),
+        adaptive=True,
+        amplification=8,
+        noise="additive",
+    ),
+    "UReversible-SPaRK-0.999": SolverCase(
+        U(diffrax.SPaRK(), 0.999), 2, controls=("sde",), adaptive=True, noise="general"
     ),
     "ReversibleHeun": SolverCase(
         dfxr.ReversibleHeun(), 2, adaptive=True, host=diffrax.ReversibleHeun()
@@ -271,9 +285,15 @@ def make_terms(case: SolverCase, kind: str, structure: str, dtype, key):
         )
         # Broadcast the control over the leaves of `y`.
         control_tree = ft.partial(_BroadcastPath, control, jtu.tree_structure(y_out))()
-        return diffrax.ControlTerm(Network(y_in, matrix, next(keys)), control_tree)
+        network = Network(y_in, matrix, next(keys))
+        if case.noise == "additive":
+            network = _AtOnes(network)
+        return diffrax.ControlTerm(network, control_tree)
 
     def term(y_in, y_out):
+        if kind == "ode" and case.noise is not None:
+            path = SmoothPath((CONTROL_SIZE,), dtype)
+            return diffrax.MultiTerm(ode(y_in, y_out), driven(y_in, y_out, path))
         if kind == "ode":
             return ode(y_in, y_out)
         if kind == "cde":
@@ -289,6 +309,7 @@ def make_terms(case: SolverCase, kind: str, structure: str, dtype, key):
                 0.05,
                 jax.ShapeDtypeStruct((CONTROL_SIZE,), dtype),
                 next(keys),
+                diffrax.SpaceTimeLevyArea if case.noise else diffrax.BrownianIncrement,
             )
             return diffrax.MultiTerm(ode(y_in, y_out), driven(y_in, y_out, path))
         raise ValueError(kind)
@@ -297,6 +318,52 @@ def make_terms(case: SolverCase, kind: str, structure: str, dtype, key):
         p, q = y
         return term(q, p), term(p, q)
     return term(y, y)
+
+
+def from_term(case: SolverCase, term):
+    """As a solver takes them, from a single term of an ODE."""
+    if case.pair:
+        return term, term
+    if case.noise is None:
+        return term
+    path = SmoothPath((), jnp.float64)
+    noise = diffrax.ControlTerm(lambda t, y, args: 0.1 * jnp.ones_like(y), path)
+    return diffrax.MultiTerm(term, noise)
+
+
+class _AtOnes(eqx.Module):
+    """Does not depend on `y`."""
+
+    network: Network
+
+    def __call__(self, t, y, args):
+        return self.network(t, jtu.tree_map(jnp.ones_like, y), args)
+
+
+class SmoothPath(diffrax.AbstractPath):
+    """`sin(t)`, with its Levy areas."""
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    @property
+    def t0(self):
+        return -jnp.inf
+
+    @property
+    def t1(self):
+        return jnp.inf
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        dt = t1 - t0
+        h = jnp.where(dt == 0, 1, dt)
+        w = jnp.sin(t1) - jnp.sin(t0)
+        area = (jnp.cos(t0) - jnp.cos(t1)) / h - (jnp.sin(t0) + jnp.sin(t1)) / 2
+        scales = 1 + jnp.arange(np.prod(self.shape, dtype=int)).astype(self.dtype)
+        w, area = (x.astype(self.dtype) * scales.reshape(self.shape) for x in (w, area))
+        if not use_levy:
+            return w
+        return diffrax.SpaceTimeLevyArea(dt=dt.astype(self.dtype), W=w, H=area)
 
 
 class _BroadcastPath(diffrax.AbstractPath):
@@ -311,9 +378,10 @@ class _BroadcastPath(diffrax.AbstractPath):
     def t1(self):
         return self.path.t1
 
-    def evaluate(self, t0, t1=None, left=True):
-        x = self.path.evaluate(t0, t1, left)
-        return jtu.tree_unflatten(self.treedef, [x] * self.treedef.num_leaves)
+    def evaluate(self, t0, t1=None, left=True, **kwargs):
+        x = self.path.evaluate(t0, t1, left, **kwargs)
+        broadcast = lambda x: [x] * self.treedef.num_leaves
+        return jtu.tree_map(lambda x: jtu.tree_unflatten(self.treedef, broadcast(x)), x)
 
 
 def make_args(key, dtype):

@@ -10,7 +10,7 @@ import pytest
 
 import diffrax_reversible as dfxr
 
-from .helpers import GenericLeapfrog, relative_difference, SOLVERS
+from .helpers import from_term, GenericLeapfrog, relative_difference, SOLVERS
 
 
 #
@@ -224,7 +224,7 @@ def test_traces(name):
 
         def loss(y0):
             sol = diffrax.diffeqsolve(
-                (term, term) if case.pair else term,
+                from_term(case, term),
                 case.solver,
                 0.0,
                 t1,

@@ -561,6 +561,8 @@ PROVOKED = {
         dfxr.AsynchronousLeapfrog(damping=0.9)
     ),
     "sub-steps go backwards in time": lambda: _sde(dfxr.ForestRuth()),
+    "`ABOBA()` needs a Brownian motion with its": "test_aboba.py::test_refused",
+    "`ABOBA()` needs `gamma` and `u` to be the same": "test_aboba.py::test_refused",
     ".split` must not set `Registers.fixed`": lambda: solve(solver=_Wrong()),
     "has_evaluate` needs two couplings, or": lambda: _Wrong(
         which="couplings"

@@ -180,6 +180,8 @@ GRID = [
     ("UReversible-Heun-0.999", "constant", "sde"),
     ("UReversible-Ralston-0.5", "pid", "cde"),
     ("UReversible-Bosh3-1", "pid", "ode"),
+    ("UReversible-ShARK", "pid", "sde"),
+    ("UReversible-SPaRK-0.999", "constant", "sde"),
     ("ReversibleHeun-sync", "pid", "ode"),
     ("LeapfrogMidpoint-sync", "constant", "ode"),
     ("ReversibleHeun", "constant", "sde"),

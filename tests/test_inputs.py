@@ -17,7 +17,7 @@ import pytest
 import diffrax_reversible as dfxr
 
 from .derivatives import ADJOINT, agree, everything
-from .helpers import relative_difference, SOLVERS
+from .helpers import from_term, relative_difference, SOLVERS
 from .test_gradient import TOL, weighted_sum
 
 
@@ -542,7 +542,7 @@ def test_every_solver_takes_a_float():
         @jax.grad
         def gradient(y0):
             sol = diffrax.diffeqsolve(
-                (term, term) if case.pair else term,
+                from_term(case, term),
                 case.solver,
                 0,
                 1,

@@ -12,7 +12,7 @@ import pytest
 import diffrax_reversible as dfxr
 
 from .derivatives import ADJOINT, agree, everything
-from .helpers import relative_difference, SOLVERS
+from .helpers import from_term, relative_difference, SOLVERS
 from .test_gradient import TOL, weighted_sum
 
 
@@ -574,7 +574,7 @@ def test_every_solver(name):
     def loss(adjoint, params):
         y0, w, times, ts = params
         sol = diffrax.diffeqsolve(
-            (term, term) if case.pair else term,
+            from_term(case, term),
             case.solver,
             times[0],
             times[-1],

@@ -12,6 +12,7 @@ from ._coupling import (
 from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
 from ._registry import register_reversible as register_reversible
 from ._reverse_solve import reverse_solve as reverse_solve
+from ._solver.aboba import ABOBA as ABOBA
 from ._solver.asynchronous_leapfrog import (
     AsynchronousLeapfrog as AsynchronousLeapfrog,
 )

@@ -68,6 +68,11 @@ for Dopri8. The second term is there for rounding alone: without it noise would 
 damped at great cost, and with a larger one the solution in single precision would be
 worse than rounding makes it.
 
+If there is no embedded estimate then $|e|$ is what it would be for a linear problem,
+from the slopes at both ends of the step. For an SDE the same holds with $W$ next to
+$h$: a perturbation of $D$ is multiplied by $h L$ and by $|W| L$, in the latter case of
+mean zero. $d$ depends on the past alone, and so do the $m$s.
+
 **The derivative.** The solution is insensitive to $d$, but its tangent need not be: a
 sensitive solution multiplies the derivative of $d$ as the parasitic eigenvalue $m /
 \mu$ says, with $m$ a constant that was chosen for $d$ and not for its tangent. On Van
@@ -114,7 +119,7 @@ Gradient-based Hyperparameter Optimization through Reversible Learning. ICML 201
 import functools as ft
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import diffrax
 import equinox as eqx
@@ -124,6 +129,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, PyTree, UInt8
 
 from ._compat import Y
+
+
+Tableau: TypeAlias = diffrax.ButcherTableau | diffrax.StochasticButcherTableau
 
 
 class Account(NamedTuple):
@@ -234,20 +242,21 @@ def _ratio_of_errors(coefficients: tuple) -> float | None:
     return local_error / estimate
 
 
-def has_error_estimate(tableau: diffrax.ButcherTableau) -> bool:
-    return bool(np.any(tableau.b_error != 0))
+def has_error_estimate(tableau: Tableau) -> bool:
+    return tableau.b_error is not None and bool(np.any(tableau.b_error != 0))
 
 
-def reference_factor(tableau: diffrax.ButcherTableau) -> float:
-    r"""The factor $\kappa$ between the error estimate and the level of `|y - z|`."""
-    n = tableau.num_stages
+def reference_factor(tableau: Tableau) -> float:
+    r"""The factor $\kappa$ between the error estimate and the level of `|y - z|`. (Of a
+    stochastic method, that of its drift.)"""
+    is_ode = isinstance(tableau, diffrax.ButcherTableau)
+    n = len(tableau.b_sol)
     a = np.zeros((n, n))
-    for i, row in enumerate(tableau.a_lower):
+    for i, row in enumerate(tableau.a_lower if is_ode else tableau.a):
         a[i + 1, : i + 1] = row
     to_tuple = lambda x: tuple(map(tuple, x)) if x.ndim == 2 else tuple(x)
-    ratio = _ratio_of_errors(
-        (to_tuple(a), to_tuple(tableau.b_sol), to_tuple(tableau.b_error))
-    )
+    b_error = np.zeros(n) if tableau.b_error is None else tableau.b_error
+    ratio = _ratio_of_errors((to_tuple(a), to_tuple(tableau.b_sol), to_tuple(b_error)))
     # Without an estimate, `error_from_slopes` is on the scale of the local error.
     return 1.0 if ratio is None else min(1.0, math.sqrt(ratio) / 2)
 

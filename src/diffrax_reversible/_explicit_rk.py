@@ -1,5 +1,6 @@
 """The increment of an explicit Runge--Kutta method."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import diffrax
@@ -16,7 +17,7 @@ from ._compat import Args, RealScalarLike, Y
 class Increment(NamedTuple):
     increment: Y
     # The part of the embedded error that comes from the stages that were evaluated.
-    error: Y
+    error: Y | None
     # The stages that were evaluated, each times the control over the interval. The
     # first of them is at the point from which the increment is made.
     k: tuple[Y, ...]
@@ -68,11 +69,11 @@ def explicit_rk_increment(
     else:
         k = []
         for i, t_i in enumerate(ts):
-            y_i = y if i == 0 else _combine(tableau.a_lower[i - 1], k, sign, y)
+            y_i = y if i == 0 else combine(tableau.a_lower[i - 1], k, sign, y)
             k.append(term.vf_prod(t_i, y_i, args, control))
     return Increment(
-        increment=_combine(tableau.b_sol[:stages], k, sign),
-        error=_combine(tableau.b_error[:stages], k, sign),
+        increment=combine(tableau.b_sol[:stages], k, sign),
+        error=combine(tableau.b_error[:stages], k, sign),
         k=tuple(k),
     )
 
@@ -107,11 +108,17 @@ def _scan_stages(
     return [jtu.tree_map(lambda x, i=i: x[i], k) for i in range(n)]
 
 
-def _combine(
-    coefficients: np.ndarray, k: list[PyTree], sign: int, y: PyTree = None
+def combine(
+    coefficients: np.ndarray, k: Sequence[PyTree], sign: int, y: PyTree = None
 ) -> PyTree:
+    """`sign` times the weighted sum of the stages `k`, and `y` if it is given. A stage
+    that is `None` counts as zero."""
     # Python scalars, so that the dtype of `k` is kept.
-    pairs = [(sign * c.item(), ki) for c, ki in zip(coefficients, k) if c != 0]
+    pairs = [
+        (sign * c.item(), ki)
+        for c, ki in zip(coefficients, k)
+        if c != 0 and ki is not None
+    ]
 
     def sum_leaves(*leaves):
         total, *terms = leaves
@@ -123,5 +130,5 @@ def _combine(
     if y is not None:
         terms = [y, *terms]
     if len(terms) == 0:
-        return jtu.tree_map(lambda x: 0 * x, k[0])
+        return jtu.tree_map(lambda x: 0 * x, next(x for x in k if x is not None))
     return jtu.tree_map(sum_leaves, *terms)

@@ -1,7 +1,7 @@
 """The solution in between the steps."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -23,9 +23,9 @@ def hermite_or_linear(
     )
 
 
-def has_own_interpolation(solver: diffrax.AbstractERK) -> bool:
-    """Whether a Runge--Kutta solver has an interpolation of its own, rather than a line
-    or diffrax's cubic. (Which takes the last stage for the slope at the end: in
+def has_own_interpolation(solver: Any) -> bool:
+    """Whether a [`diffrax.AbstractERK`][] has an interpolation of its own, rather than
+    a line or diffrax's cubic. (Which takes the last stage for the slope at the end: in
     `Midpoint`, `Ralston` and `Heun` it is not, or not to the order of a cubic.)
 
     The interpolation is traced, as diffrax would call it.
@@ -33,7 +33,7 @@ def has_own_interpolation(solver: diffrax.AbstractERK) -> bool:
     if solver.interpolation_cls is diffrax.LocalLinearInterpolation:
         return False
     name = type(solver).__name__
-    num_stages = cast(diffrax.ButcherTableau, solver.tableau).num_stages
+    num_stages = solver.tableau.num_stages
     t = jax.ShapeDtypeStruct((), jnp.float32)
     y = jax.ShapeDtypeStruct((2,), jnp.float32)
     k = jax.ShapeDtypeStruct((num_stages, 2), jnp.float32)

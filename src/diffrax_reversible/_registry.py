@@ -63,7 +63,7 @@ def to_reversible(
     if type(solver) in _registry:
         return _registry[type(solver)](solver)
     name = type(solver).__name__
-    if issubclass(type(solver), diffrax.AbstractERK):
+    if issubclass(type(solver), (diffrax.AbstractERK, diffrax.AbstractSRK)):
         remedy = f"use `solver=UReversible({name}())`"
     else:
         remedy = (

@@ -1,8 +1,10 @@
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any, cast, final, Literal, TypeAlias
 
 import diffrax
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
@@ -10,8 +12,9 @@ from jaxtyping import PyTree
 from .. import _controlled as controlled
 from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
 from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
-from .._explicit_rk import explicit_rk_increment, uses_last_stage
+from .._explicit_rk import explicit_rk_increment, Increment, uses_last_stage
 from .._interpolation import has_own_interpolation
+from .._srk import srk_control, srk_increment
 from .base import AbstractReversibleSolver
 
 
@@ -22,7 +25,8 @@ _SolverState: TypeAlias = PyTree
 class UReversible(
     AbstractCouplingSolver[_SolverState], diffrax.AbstractWrappedSolver[_SolverState]
 ):
-    r"""Makes an explicit Runge--Kutta solver algebraically reversible.
+    r"""Makes an explicit Runge--Kutta solver, for ODEs or for SDEs, algebraically
+    reversible.
 
     Let $\Psi_h(t, y)$ be the increment of the wrapped solver over a step of size $h$.
     Alongside $y$ a second copy $z$ of the solution is kept, $z_0 = y_0$, and a step is
@@ -78,8 +82,16 @@ class UReversible(
     and `Ralston` that gives a derivative of order 2, in place of 1.) Neither needs
     further evaluations.
 
-    When used to solve SDEs, converges to the Stratonovich solution if the wrapped
-    solver does.
+    When used to solve SDEs, converges to the Stratonovich solution, and needs a wrapped
+    solver that does. That may be a stochastic Runge--Kutta solver, such as
+    [`diffrax.ShARK`][] for additive, [`diffrax.SlowRK`][] for commutative and
+    [`diffrax.SPaRK`][] for general noise. The strong order is that of the wrapped
+    solver for the kind of noise at hand (see `diffrax_reversible._srk`), `s` counts the
+    drifts and diffusions in its stages (of additive noise, one diffusion at either end
+    of the step), the Brownian motion needs the Levy area that the wrapped solver does,
+    and is queried once a step and once more on the way back, and the interpolation is
+    that of the wrapped solver, a line. In solves from a later to an earlier time they
+    differ from diffrax's own (0.7.2), which take the drift with the wrong sign there.
 
     !!! warning
 
@@ -111,7 +123,7 @@ class UReversible(
         ```
     """
 
-    solver: diffrax.AbstractERK
+    solver: diffrax.AbstractERK | diffrax.AbstractSRK
     coupling_parameter: float | Literal["auto"] = "auto"
 
     def __init__(
@@ -124,8 +136,11 @@ class UReversible(
         self.coupling_parameter = _check_coupling_parameter(coupling_parameter)
 
     @property
-    def _tableau(self) -> diffrax.ButcherTableau:
-        assert isinstance(self.solver.tableau, diffrax.ButcherTableau)
+    def _is_srk(self) -> bool:
+        return isinstance(self.solver, diffrax.AbstractSRK)
+
+    @property
+    def _tableau(self) -> Any:
         return self.solver.tableau
 
     @property
@@ -134,7 +149,7 @@ class UReversible(
 
     @property
     def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
-        if has_own_interpolation(self.solver):
+        if self._is_srk or has_own_interpolation(self.solver):
             return self.solver.interpolation_cls
         return diffrax.ThirdOrderHermitePolynomialInterpolation
 
@@ -171,15 +186,17 @@ class UReversible(
         y0: Y,
         args: Args,
     ) -> _SolverState:
-        del t0, t1, args
-        if is_sde(terms) and not isinstance(
-            self.solver, diffrax.AbstractStratonovichSolver
-        ):
+        is_stratonovich = isinstance(self.solver, diffrax.AbstractStratonovichSolver)
+        if (is_sde(terms) or self._is_srk) and not is_stratonovich:
             raise ValueError(
                 f"`UReversible({type(self.solver).__name__}())` cannot solve an SDE, "
                 f"as `{type(self.solver).__name__}` is not marked as converging to the "
                 "Stratonovich solution. Use for example `UReversible(diffrax.Heun())`."
             )
+        if self._is_srk:
+            # Checks the diffusion; as does this, which is what it lacks.
+            self.solver.init(cast(Any, terms), t0, t1, y0, args)
+            eqx.filter_eval_shape(_check_product, terms, t0, t1, y0, args)
         if self._controlled:
             code, account = controlled.init(y0)
             return jtu.tree_map(jnp.zeros_like, y0), code, account
@@ -192,7 +209,7 @@ class UReversible(
         y0: Y,
         args: Args,
     ) -> VF:
-        return self.solver.func(terms, t0, y0, args)
+        return self.solver.func(cast(Any, terms), t0, y0, args)
 
     def split(self, y: PyTree, solver_state: Any) -> Registers:
         if self._controlled:
@@ -269,8 +286,19 @@ class UReversible(
         shift, info = self._return(step, y1)
         return jtu.tree_map(lambda p: -p, shift), info
 
-    def _increment(self, step: StepInfo, t_from, t_to, y: PyTree, sign: int):
-        return explicit_rk_increment(
+    def control(self, terms, t0, t1, fixed):
+        if self._is_srk:
+            return srk_control(self._tableau, terms, t0, t1)
+        return terms.contr(t0, t1)
+
+    def _increment(self, step: StepInfo, y: PyTree, sign: int) -> Increment:
+        t_from, t_to = (step.t0, step.t1) if sign == 1 else (step.t1, step.t0)
+        if self._is_srk:
+            increment = srk_increment
+        else:
+            scan = self.scan_kind is not None
+            increment = ft.partial(explicit_rk_increment, scan=scan)
+        return increment(
             self._tableau,
             step.terms,
             t_from,
@@ -279,15 +307,14 @@ class UReversible(
             step.args,
             step.control,
             sign,
-            scan=self.scan_kind is not None,
         )
 
     def _go(self, step: StepInfo, y: PyTree):
-        psi = self._increment(step, step.t0, step.t1, y, 1)
+        psi = self._increment(step, y, 1)
         return psi.increment, dict(k=psi.k, error=psi.error)
 
     def _return(self, step: StepInfo, y: PyTree):
-        psi = self._increment(step, step.t1, step.t0, y, -1)
+        psi = self._increment(step, y, -1)
         return psi.increment, dict(k=psi.k[0])
 
     def finish(self, registers0, registers1, infos):
@@ -296,6 +323,8 @@ class UReversible(
         *_, info0, info1 = infos
         k = info0["k"]
         y_error = info0["error"]
+        if self._is_srk:
+            return y_error, dict(y0=y0, y1=y1)
         if not uses_last_stage(self._tableau):
             # The last stage is at `(t1, z0 + Psi)`; `(t1, y1)` is as close to it as `y`
             # is to `z`, and has been evaluated anyway.
@@ -321,7 +350,7 @@ class UReversible(
         else:
             *_, info0, info1 = infos
             errors = controlled.error_from_slopes(
-                info0["k"][0], info1["k"], self.solver.order(None)
+                info0["k"][0], info1["k"], self.solver.order(cast(Any, None))
             )
         return controlled.update(
             controlled.reference_factor(self._tableau),
@@ -335,11 +364,11 @@ class UReversible(
 
 UReversible.__init__.__doc__ = """**Arguments:**
 
-- `solver`: The solver to wrap; any [`diffrax.AbstractERK`][]. Its stages are unrolled,
-    which runs fastest. If its `scan_kind` is given, as in `Tsit5(scan_kind="lax")`,
-    then they are made by a loop (of one kind, whichever it is), so that the vector
-    field is compiled 2 times in a step and not `2s` times: for vector fields that take
-    long to compile.
+- `solver`: The solver to wrap; any [`diffrax.AbstractERK`][] or
+    [`diffrax.AbstractSRK`][]. The stages of the former are unrolled, which runs
+    fastest. If its `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are
+    made by a loop (of one kind, whichever it is), so that the vector field is compiled
+    2 times in a step and not `2s` times: for vector fields that take long to compile.
 - `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
     number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
     that is the better are `y` and `z` kept together, and the faster do rounding errors
@@ -347,10 +376,11 @@ UReversible.__init__.__doc__ = """**Arguments:**
 
 **Raises:**
 
-- `ValueError` if `solver` is not an explicit Runge--Kutta solver that is given by its
-    tableau, if its `interpolation_cls` is not called like those of diffrax, if
-    `coupling_parameter` is out of its range, and, on the first step, for an SDE with a
-    wrapped solver that is not a [`diffrax.AbstractStratonovichSolver`][].
+- `ValueError` if `solver` is not an explicit Runge--Kutta solver, for ODEs or for
+    SDEs, that is given by its tableau, if its `interpolation_cls` is not called like
+    those of diffrax, if `coupling_parameter` is out of its range, and, on the first
+    step, for an SDE with a wrapped solver that is not a
+    [`diffrax.AbstractStratonovichSolver`][].
 """
 
 
@@ -379,30 +409,50 @@ def _check_base(solver: diffrax.AbstractSolver) -> None:
             f"`UReversible({type(solver).__name__}(...))`: the wrapped solver "
             "is reversible already, and can be used as it is."
         )
-    if not issubclass(type(solver), diffrax.AbstractERK):
-        if isinstance(solver, type):
-            got = f"the class `{solver.__name__}` itself"
-        else:
-            got = f"`{type(solver).__name__}`"
-        raise ValueError(
+    if isinstance(solver, type):
+        name, got = solver.__name__, f"the class `{solver.__name__}` itself"
+    else:
+        name = type(solver).__name__
+        got = f"`{name}`"
+    host = diffrax.AbstractSRK if _is_srk(solver) else diffrax.AbstractERK
+    if not issubclass(type(solver), host):
+        message = (
             "`UReversible(solver)` needs an instance of an explicit Runge--Kutta "
             "solver, that is a subclass of `diffrax.AbstractERK`, such as "
-            f"`diffrax.Tsit5()`; got {got}. Any other solver can be used as it is, "
+            "`diffrax.Tsit5()`, or for SDEs of `diffrax.AbstractSRK`, such as "
+            f"`diffrax.SPaRK()`; got {got}. Any other solver can be used as it is, "
             "with `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
+        if isinstance(solver, diffrax.AbstractItoSolver):
+            message += (
+                " (That converges to the Ito solution of an SDE, and reversible "
+                "solvers to the Stratonovich solution: change the drift accordingly.)"
+            )
+        raise ValueError(message)
     if not isinstance(
-        cast(diffrax.AbstractERK, solver).tableau, diffrax.ButcherTableau
+        cast(Any, solver).tableau,
+        (diffrax.ButcherTableau, diffrax.StochasticButcherTableau),
     ):
         raise ValueError(
-            f"`UReversible({type(solver).__name__}())` is not supported, as "
-            f"`{type(solver).__name__}` has several tableaus. Use a solver "
-            "with a single tableau, such as `diffrax.Tsit5()`."
+            f"`UReversible({name}())` is not supported, as `{name}` has several "
+            "tableaus. Use a solver with a single tableau, such as `diffrax.Tsit5()`."
         )
-    if type(solver).step is not diffrax.AbstractERK.step:
+    if type(solver).step is not host.step:
         raise ValueError(
-            f"`UReversible({type(solver).__name__}())` is not supported, as "
-            f"`{type(solver).__name__}` has a `step` of its own, and `UReversible` "
-            "makes its steps from the tableau. Use a solver that is given by its "
-            "tableau alone, such as `diffrax.Tsit5()`."
+            f"`UReversible({name}())` is not supported, as `{name}` has a `step` of "
+            "its own, and `UReversible` makes its steps from the tableau. Use a solver "
+            "that is given by its tableau alone, such as `diffrax.Tsit5()`."
         )
-    has_own_interpolation(cast(diffrax.AbstractERK, solver))
+    if not _is_srk(solver):
+        has_own_interpolation(cast(diffrax.AbstractERK, solver))
+
+
+def _is_srk(solver: diffrax.AbstractSolver) -> bool:
+    # Not `isinstance`, as above.
+    return issubclass(type(solver), diffrax.AbstractSRK)
+
+
+def _check_product(terms, t0, t1, y0, args):
+    """That what the diffusion and the control make is of the shape of `y`."""
+    _, diffusion = terms.terms
+    return diffusion.vf_prod(t0, y0, args, diffusion.contr(t0, t1))
