@@ -88,6 +88,12 @@ def bench(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """The examples, at their full size."""
     session.install("-e", ".[examples]")
-    session.run(
-        "python", "examples/hare_lynx.py", "--output", f"{session.create_tmp()}/fit.png"
-    )
+    for name in (
+        "hare_lynx",
+        "digits_neural_ode",
+        "planets",
+        "continuous_flow",
+        "heat_equation",
+    ):
+        picture = f"{session.create_tmp()}/{name}.png"
+        session.run("python", f"examples/{name}.py", "--output", picture)
