@@ -108,9 +108,13 @@ def examples(session: nox.Session) -> None:
     session.install("-e", ".[examples]")
     for name, *options in (
         ("hare_lynx",),
-        ("many_devices", "--processes", "2"),
+        ("digits_neural_ode",),
+        ("planets",),
+        ("continuous_flow",),
+        ("heat_equation",),
         ("neural_cde",),
         ("neural_sde",),
+        ("many_devices", "--processes", "2"),
     ):
         picture = f"{session.create_tmp()}/{name}.png"
         session.run("python", f"examples/{name}.py", *options, "--output", picture)

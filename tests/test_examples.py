@@ -36,22 +36,62 @@ def users_settings():
         yield
 
 
-@pytest.mark.usefixtures("users_settings")
-def test_hare_lynx(tmp_path, capsys):
-    output = tmp_path / "fit.png"
-    results = _load("hare_lynx.py").main(["--quick", "--output", str(output)])
-    assert output.read_bytes().startswith(b"\x89PNG")
-    for result in results.values():
+@pytest.fixture
+def run_quick(users_settings, tmp_path):
+    def run(name):
+        output = tmp_path / "picture.png"
+        results = _load(name).main(["--quick", "--output", str(output)])
+        assert output.read_bytes().startswith(b"\x89PNG")
+        return results
+
+    return run
+
+
+def test_hare_lynx(run_quick, capsys):
+    for result in run_quick("hare_lynx.py").values():
         assert result["loss"] < result["initial_loss"]
         assert result["difference"] < 0.01
     assert "alpha" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("users_settings")
-def test_neural_sde(tmp_path, capsys):
-    output = tmp_path / "forecast.png"
-    results = _load("neural_sde.py").main(["--quick", "--output", str(output)])
-    assert output.read_bytes().startswith(b"\x89PNG")
+def test_digits_neural_ode(run_quick):
+    results = run_quick("digits_neural_ode.py")
+    # By chance it is 0.1.
+    assert results["accuracy"] > 0.5
+    assert results["losses"][-1] < results["losses"][0]
+    assert results["num_checkpoints"] <= 4
+    for rows in results["table"].values():
+        for megabytes, seconds in rows.values():
+            assert megabytes > 0
+            assert seconds > 0
+
+
+def test_planets(run_quick):
+    results = run_quick("planets.py")
+    assert results["losses"][-1] < 1e-3 * results["losses"][0]
+    # 20 years are too few for the other two.
+    assert abs(results["masses"]["Jupiter"] - 1) < 0.05
+    assert abs(results["masses"]["Saturn"] - 1) < 0.1
+
+
+def test_continuous_flow(run_quick):
+    results = run_quick("continuous_flow.py")
+    assert results["loss"] < results["losses"][0]
+    assert abs(results["integral"] - 1) < 0.01
+    # The tolerances are 1e-4.
+    assert results["difference"] < 1e-4
+
+
+def test_heat_equation(run_quick):
+    results = run_quick("heat_equation.py")
+    before, after = results["errors"]
+    assert after < 0.8 * before
+    # Two methods of the same order, at a step size where both have almost converged.
+    assert results["difference"] < 1e-8
+
+
+def test_neural_sde(run_quick, capsys):
+    results = run_quick("neural_sde.py")
     assert results["neural SDE"] < results["neural SDE, untrained"]
     # The same paths, with smaller steps.
     fine = results["the same, with Heun and a quarter of the step size"]
@@ -59,11 +99,8 @@ def test_neural_sde(tmp_path, capsys):
     assert "autoregression" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("users_settings")
-def test_neural_cde(tmp_path, capsys):
-    output = tmp_path / "forecast.png"
-    results = _load("neural_cde.py").main(["--quick", "--output", str(output)])
-    assert output.read_bytes().startswith(b"\x89PNG")
+def test_neural_cde(run_quick, capsys):
+    results = run_quick("neural_cde.py")
     assert results["neural CDE"] < results["no change"]
     fine = results["the same, with Heun and a quarter of the step size"]
     assert abs(fine - results["neural CDE"]) < 0.2 * fine
