@@ -43,7 +43,7 @@ def explicit_rk_increment(
     args: Args,
     control: PyTree,
     sign: int,
-    scan: bool = False,
+    scan: bool | None = None,
 ) -> Increment:
     r"""The increment $\Psi$ of one step of an explicit Runge--Kutta method that starts
     from `y` at `t_from` and goes to `t_to`.
@@ -54,9 +54,8 @@ def explicit_rk_increment(
     In this way the control, which may be costly, is the same for a step and for its
     reverse.)
 
-    By default the stages are unrolled: only nonzero coefficients are multiplied. With
-    `scan` the vector field is compiled once, and not once for every stage. In either
-    case no stage is evaluated that does not contribute.
+    The stages are made by a loop, if `scan`, or unrolled. In either case no stage is
+    evaluated that does not contribute. By default that is whatever runs faster.
     """
     stages = num_evaluations(tableau)
     ts = [t_from]
@@ -64,6 +63,8 @@ def explicit_rk_increment(
         # Exact at both ends, where the vector field may have its only finite limit.
         t_i = t_from if c == 0 else t_to if c == 1 else t_from + c * (t_to - t_from)
         ts.append(t_i)
+    if scan is None:
+        scan = _runs_faster_in_a_loop(term, t_from, y, args, control)
     if scan and stages > 1:
         k = _scan_stages(tableau, term, ts, y, args, control, sign)
     else:
@@ -76,6 +77,39 @@ def explicit_rk_increment(
         error=combine(tableau.b_error[:stages], k, sign),
         k=tuple(k),
     )
+
+
+# What XLA on CPUs does not fuse into whatever uses it.
+_NOT_FUSED = {
+    *("dot_general", "ragged_dot_general", "conv_general_dilated"),
+    *("while", "scan", "fft", "sort", "pure_callback", "io_callback", "ffi_call"),
+    *("cholesky", "lu", "householder_product", "triangular_solve", "eigh", "svd"),
+}
+# A loop over stages costs about as much as so many elements in each of them.
+_SMALL = 32
+
+
+def _runs_faster_in_a_loop(term, t, y, args, control) -> bool:
+    """Unrolled stages have no overhead, which matters for vector fields that are made
+    of small matrix products. But XLA fuses whatever else there is into the stages that
+    use it, to be computed again in each, and that grows quickly with their number. (By
+    a factor of 2 for pointwise functions, and of 30 for a five-point stencil, where the
+    loop costs but a few per cent.)"""
+    if sum(np.size(x) for x in jtu.tree_leaves(y)) <= _SMALL:
+        return False
+    jaxpr, _, _ = eqx.filter_make_jaxpr(term.vf_prod)(t, y, args, control)
+    return not _has_barrier(jaxpr.jaxpr)
+
+
+def _has_barrier(jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _NOT_FUSED:
+            return True
+        is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        for x in jtu.tree_leaves(eqn.params, is_leaf=is_jaxpr):
+            if is_jaxpr(x) and _has_barrier(getattr(x, "jaxpr", x)):
+                return True
+    return False
 
 
 def _scan_stages(

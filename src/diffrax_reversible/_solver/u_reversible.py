@@ -296,7 +296,7 @@ class UReversible(
         if self._is_srk:
             increment = srk_increment
         else:
-            scan = self.scan_kind is not None
+            scan = None if self.scan_kind is None else True
             increment = ft.partial(explicit_rk_increment, scan=scan)
         return increment(
             self._tableau,
@@ -365,10 +365,13 @@ class UReversible(
 UReversible.__init__.__doc__ = """**Arguments:**
 
 - `solver`: The solver to wrap; any [`diffrax.AbstractERK`][] or
-    [`diffrax.AbstractSRK`][]. The stages of the former are unrolled, which runs
-    fastest. If its `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are
-    made by a loop (of one kind, whichever it is), so that the vector field is compiled
-    2 times in a step and not `2s` times: for vector fields that take long to compile.
+    [`diffrax.AbstractSRK`][]. The stages of the former are unrolled, or made by a loop,
+    whichever is expected to run faster: unrolled if `y` has at most 32 elements, or if
+    the vector field has a matrix product, a convolution or a loop in it. If its
+    `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are made by a loop
+    (of one kind, whichever it is), so that the vector field is compiled 2 times in a
+    step and not `2s` times. That is for vector fields that take long to compile; and
+    for large batches under `jax.vmap` of small systems without matrix products.
 - `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
     number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
     that is the better are `y` and `z` kept together, and the faster do rounding errors
