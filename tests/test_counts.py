@@ -151,6 +151,36 @@ def test_stages_in_a_loop(coupling_parameter):
     assert traces < unrolled_traces / 2
 
 
+@pytest.mark.parametrize(
+    "size,vector_field,in_a_loop",
+    [
+        (3, jnp.sin, False),
+        (100, jnp.sin, True),
+        (100, jax.nn.relu, True),
+        (100, lambda y: jnp.ones((100, 100)) @ y, False),
+        (100, jax.jit(lambda y: jax.nn.relu(jnp.ones((100, 100)) @ y)), False),
+        (100, lambda y: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y), y), False),
+    ],
+)
+def test_stages_in_a_loop_by_default(size, vector_field, in_a_loop):
+    # Where XLA would fuse the stages into each other.
+    num_traces = 0
+
+    def counted(t, y, args):
+        nonlocal num_traces
+        num_traces += 1
+        return vector_field(y)
+
+    def step(y):
+        term = diffrax.ODETerm(counted)
+        return dfxr.UReversible(diffrax.Tsit5(), 0.9).step(
+            term, 0.0, 0.1, y, None, y, False
+        )
+
+    jax.eval_shape(step, jnp.ones(size))
+    assert (num_traces < 12) == in_a_loop
+
+
 def test_evaluations_reversible_heun():
     n, forward, backward, pullbacks = _count(dfxr.ReversibleHeun())
     # One more at the very start, `solver.init`, and at the very end, where the way back
@@ -314,6 +344,12 @@ def test_memory(kwargs, expected):
     # And a few copies of `y`, of 800 bytes each; and those in the 64 slots.
     copies = 100 + (2 * 64 if kwargs["solver"] is RK else 0)
     assert constant < copies * 800 * (kwargs.get("batch") or 1)
+
+
+def test_no_more_slots_than_steps():
+    size = lambda n: _compiled(RK, n).memory_analysis().temp_size_in_bytes
+    # Each has two numbers for each in `y`, of 800 bytes.
+    assert 50 * 1600 < size(60) - size(4) < 60 * 1600
 
 
 def _loop_bodies(hlo: str):

@@ -181,9 +181,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     ([`diffrax_reversible.AbstractReversibleSolver.needs_checkpoint`][]), and for
     `checkpoint_every`. Each takes the memory of `y` and the solver state. No memory is
     used for them with solvers that never ask for one. `"auto"` is 64, or 128 if any
-    part of `y` is in single precision (or less). With `checkpoints=0` the memory is
-    that of the record alone, and the gradient of a solve that needs a checkpoint raises
-    an error.
+    part of `y` is in single precision (or less); there are no more than `max_steps`.
+    With `checkpoints=0` the memory is that of the record alone, and the gradient of a
+    solve that needs a checkpoint raises an error.
 - `checkpoint_every`: If an integer `k` then every `k`th step is stored as well. Useful
     for a solver that is not stable on the way back, and does not say so.
 - `drift_tolerance`: The largest acceptable difference between what has been rebuilt and

@@ -100,7 +100,8 @@ class Recorder:
         # Whether the record may be too short, and has to be made again on the way back.
         self.is_window = max_steps is None
         self.length = WINDOW if max_steps is None else max(max_steps, 1)
-        self._num_slots = num_slots
+        # (No step asks for two.)
+        self._num_slots = num_slots if max_steps is None else min(num_slots, max_steps)
         self._checkpoint_every = checkpoint_every
 
     def _place(self, index: Array) -> Array:
