@@ -555,3 +555,34 @@ def test_every_solver_takes_a_float():
             return sum(jnp.sum(x) for x in jtu.tree_leaves(sol.ys))
 
         assert 0.3 < gradient(1.0) < 1, name
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "complex128")])
+@pytest.mark.filterwarnings("ignore:Complex dtype support:UserWarning")
+def test_terms_of_a_lower_dtype(dtypes):
+    # They are promoted when they are added to `y`.
+    low, high = dtypes
+    ts = jnp.linspace(0, 1, 3, dtype=low)
+    path = diffrax.LinearInterpolation(ts, jnp.array([0.0, 1.0, 0.5], low))
+
+    def gradient(adjoint):
+        def loss(params):
+            p, y0 = params
+            term = diffrax.ControlTerm(
+                lambda t, y, args: (p * jnp.sin(jnp.real(y))).astype(low), path
+            )
+            solver = dfxr.UReversible(diffrax.Bosh3(), 0.9)
+            sol = diffrax.diffeqsolve(
+                term, solver, 0.0, 1.0, 0.1, y0, adjoint=adjoint, max_steps=16
+            )
+            return jnp.sum(jnp.abs(sol.ys) ** 2)
+
+        params = (jnp.array(0.7), jnp.array([1.0, 0.3], high))
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.jit(jax.grad(loss))(params)
+
+    ours = gradient(dfxr.ReversibleAdjoint())
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    # Of ten steps, of the lower precision, or the tolerance of all gradients.
+    tol = 50 * float(jnp.finfo(low).eps) if low == "float32" else TOL
+    assert relative_difference(ours, expected) < tol

@@ -124,6 +124,19 @@ class AbstractPullback(abc.ABC):
         a number, how far they are from each other."""
 
 
+def _of_dtype(grads: PyTree, of: PyTree) -> PyTree:
+    """The gradient of what was promoted to the dtypes of `grads`."""
+
+    def cast(g, x):
+        if g is None:
+            return None
+        if jnp.iscomplexobj(g) and not jnp.iscomplexobj(x):
+            g = jnp.real(g)
+        return g.astype(jnp.result_type(x))
+
+    return jtu.tree_map(cast, grads, of, is_leaf=lambda g: g is None)
+
+
 def _same_struct(x: PyTree, y: PyTree) -> bool:
     def struct(z):
         leaves, treedef = jtu.tree_flatten(z)
@@ -305,6 +318,7 @@ class CouplingPullback(AbstractPullback):
         scales: list[Any] = [None] * len(self.couplings)
         pull_scales: list[Any] = [None] * len(self.couplings)
         unscaled: list[Any] = [None] * len(self.couplings)
+        shifts: list[Any] = [None] * len(self.couplings)
         for k in reversed(range(len(self.couplings))):
             coupling = self.couplings[k]
             others = coupling.others(registers)
@@ -334,6 +348,7 @@ class CouplingPullback(AbstractPullback):
             scales[k], pull_scales[k] = self._scale(fns, k, fixed)
             coupling.undo(registers, scales[k], shift, fixed)
             unscaled[k] = registers[coupling.register]
+            shifts[k] = shift
         registers0 = tuple(registers)
         if solver.has_evaluate:
             # All linearisations of `evaluate` differ only in their residuals.
@@ -379,7 +394,7 @@ class CouplingPullback(AbstractPullback):
                 coupling = self.couplings[k]
                 i = coupling.register
                 new, (*grad_others_k, grad_others, grad_value_k) = pulls[k](
-                    (coupling.grad_shift(grads), grad_infos[k])
+                    (_of_dtype(coupling.grad_shift(grads), shifts[k]), grad_infos[k])
                 )
                 add_consts(new)
                 if control_varies:
