@@ -1,14 +1,13 @@
 """`nox -s tests` runs the tests; `nox` alone runs all that CI does."""
 
+import pathlib
 import re
 
 import nox
 
 
 nox.options.sessions = ["tests", "lint", "types", "lowest"]
-nox.options.error_on_missing_interpreters = True
 
-PYTHON = "3.11"
 DIFFRAX = ["0.7.0", "0.7.1", "0.7.2"]
 
 
@@ -34,12 +33,28 @@ def tests(session: nox.Session) -> None:
     _pytest(session)
 
 
-@nox.session
+# A part of the tests, for other versions of what they depend on.
+PART = (
+    "tests/test_compat.py",
+    "tests/test_errors.py",
+    "tests/test_user_solvers.py",
+    "tests/test_gradient.py",
+    "tests/test_vmap.py",
+    "-k",
+    "not (gradient or vmap) or closed_over or resumed or host_instances or scan"
+    " or finished",
+    # Old versions of the dependencies warn of each other.
+    "-W",
+    "default",
+)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
 @nox.parametrize("diffrax", DIFFRAX)
 def matrix(session: nox.Session, diffrax: str) -> None:
-    """The tests, with each supported version of diffrax."""
-    session.install("-e", ".[tests,examples]", f"diffrax=={diffrax}")
-    _pytest(session)
+    """A part of the tests, with each supported version of diffrax and of Python."""
+    session.install("-e", ".[tests]", f"diffrax=={diffrax}")
+    _pytest(session, *PART)
 
 
 @nox.session
@@ -49,21 +64,20 @@ def lowest(session: nox.Session) -> None:
     wanted = project["dependencies"] + project["optional-dependencies"]["tests"]
     lowest = [re.sub(r">=([\w.]+).*", r"==\1", x) for x in wanted]
     session.install("-e", ".", *lowest)
-    _pytest(
-        session,
-        "tests/test_compat.py",
-        "tests/test_errors.py",
-        "tests/test_user_solvers.py",
-        "tests/test_gradient.py",
-        "tests/test_vmap.py",
-        "-k",
-        "not (gradient or vmap) or closed_over or resumed or host_instances or scan"
-        " or finished",
-        # Old versions of the dependencies warn of each other.
-        "-W",
-        "default",
-        env={},
-    )
+    _pytest(session, *PART, env={})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """A part of the tests, from the wheel that is built from the sdist."""
+    session.install("build", "twine")
+    dist = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", dist)
+    built = [str(x) for x in pathlib.Path(dist).glob("diffrax_reversible-*")]
+    session.run("twine", "check", "--strict", *built)
+    [wheel] = [x for x in built if x.endswith(".whl")]
+    session.install(f"{wheel}[tests]")
+    _pytest(session, *PART)
 
 
 @nox.session

@@ -104,5 +104,6 @@ def test_typed_and_public():
 
 
 def test_version():
-    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())
+    root = pathlib.Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
     assert diffrax_reversible.__version__ == project["project"]["version"]
