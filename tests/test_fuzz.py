@@ -24,7 +24,6 @@ from .derivatives import random_signs
 from .helpers import (
     flatten,
     GenericLeapfrog,
-    GenericUReversible,
     make_args,
     make_terms,
     make_y,
@@ -97,9 +96,7 @@ FAMILIES = {
         controls=("cde",),
     ),
     "splitting": lambda draw: SolverCase(draw.choice(SPLITTINGS)(), 0, pair=True),
-    "user": lambda draw: SolverCase(
-        draw.choice([GenericLeapfrog(), GenericUReversible()]), 0, controls=()
-    ),
+    "user": lambda draw: SolverCase(GenericLeapfrog(), 0, controls=()),
 }
 EVENTS = {
     "none": None,

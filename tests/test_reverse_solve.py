@@ -240,7 +240,7 @@ def _undo(solver, *, t0=0.0, t1=1.0, dt0=0.1, y1=None, **kwargs):
     y1 = jnp.ones(2) if y1 is None else y1
     # (As an array it is compiled for once.)
     dt0 = None if dt0 is None else jnp.array(dt0)
-    kwargs = dict(adjoint=diffrax.ForwardMode(), max_steps=16, **kwargs)
+    kwargs = dict(adjoint=diffrax.ForwardMode(), max_steps=16) | kwargs
     out = dfxr.reverse_solve(PENDULUM, solver, t0, t1, dt0, y1, **kwargs)
     return jax.block_until_ready(out)
 
@@ -265,6 +265,13 @@ def test_refused():
             _undo(u, solver_state=jnp.ones(2), **kwargs)
     with pytest.raises(ValueError, match="controller_state=True"):
         _undo(u, saveat=diffrax.SaveAt(t0=True, controller_state=True))
+    for adjoint in (diffrax.BacksolveAdjoint(), diffrax.ImplicitAdjoint()):
+        with pytest.raises(ValueError, match=f"support `{type(adjoint).__name__}`"):
+            _undo(u, adjoint=adjoint)
+    with pytest.raises(ValueError, match="Use the number of steps"):
+        _undo(u, max_steps=None)
+    with pytest.raises(ValueError, match=r"^`reverse_solve\(drift_tolerance=...\)`"):
+        _undo(u, drift_tolerance=-1.0)
     path = diffrax.UnsafeBrownianPath((), jax.random.key(0))
     with pytest.raises(ValueError, match="Use `VirtualBrownianTree`"):
         dfxr.reverse_solve(
@@ -355,3 +362,116 @@ def test_drift():
 def test_max_steps():
     with pytest.raises(RuntimeError, match="Try increasing `max_steps`"):
         _undo(dfxr.EES25(), dt0=1 / 17)
+
+
+@pytest.mark.parametrize("y0", [0.0, 1e-12])
+def test_starts_from_zero(y0):
+    # Which is known to the rounding of what comes after it.
+    term = diffrax.ODETerm(lambda t, y, args: jnp.cos(3 * t) - jnp.sin(y))
+    problem = (term, dfxr.UReversible(diffrax.Bosh3(), 0.99), 0.0, 1.0, 0.1)
+    sol = diffrax.diffeqsolve(*problem, jnp.array(y0), saveat=ENDS)
+    back = dfxr.reverse_solve(
+        *problem, _last(sol.ys), solver_state=sol.solver_state, max_steps=16
+    )
+    assert back.ys is not None
+    assert abs(back.ys[0] - y0) < 100 * EPS
+
+
+def test_times_of_the_output():
+    # They have a say in the dtype of all times, and so of `y`.
+    ts = jnp.linspace(0, 1, 4)
+    saveat = diffrax.SaveAt(ts=ts, t1=True, solver_state=True)
+    times = [jnp.asarray(t, jnp.float32) for t in (0.0, 1.0, 0.125)]
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+    problem = ((term, term), dfxr.StormerVerlet(), *times)
+    y0 = (jnp.ones(2, jnp.float32), jnp.ones(2, int))
+    sol = diffrax.diffeqsolve(*problem, y0, saveat=saveat)
+    back = dfxr.reverse_solve(*problem, _last(sol.ys), saveat=saveat, max_steps=16)
+    assert back.ts is not None and sol.ts is not None
+    assert back.ts.dtype == sol.ts.dtype == jnp.float64
+    assert jnp.array_equal(back.ts, sol.ts)
+    assert relative_difference(back.ys, sol.ys) < 100 * EPS
+
+
+def test_step_to():
+    # Its times start with that of the start.
+    ts = jnp.array([0.0, 0.2, 0.3, 0.7, 1.0])
+    problem = (PENDULUM, dfxr.LeapfrogMidpoint(), 0.0, 1.0, None)
+    y0 = jnp.array([1.0, 0.2])
+    sol = diffrax.diffeqsolve(
+        *problem, y0, saveat=ENDS, stepsize_controller=diffrax.StepTo(ts)
+    )
+    saveat = diffrax.SaveAt(t0=True, solver_state=True)
+    for step_ts in (ts, ts[1:], ts[1:].tolist()):
+        back = dfxr.reverse_solve(
+            *problem,
+            _last(sol.ys),
+            solver_state=sol.solver_state,
+            step_ts=step_ts,
+            saveat=saveat,
+        )
+        assert relative_difference(back.ys, y0) < 100 * EPS
+        t_before, _ = back.solver_state
+        assert t_before == 0.0
+
+
+def test_resumed():
+    solver, y0 = dfxr.LeapfrogMidpoint(), jnp.array([1.0, 0.2])
+    first = diffrax.diffeqsolve(PENDULUM, solver, 0.0, 1.0, 0.1, y0, saveat=ENDS)
+    problem = (PENDULUM, solver, 1.0, 2.0, 0.1)
+    sol = diffrax.diffeqsolve(
+        *problem, _last(first.ys), solver_state=first.solver_state, saveat=ENDS
+    )
+    kwargs = dict(solver_state=sol.solver_state, max_steps=16, drift_tolerance=None)
+    back = dfxr.reverse_solve(*problem, _last(sol.ys), **kwargs)
+    assert relative_difference(back.ys, first.ys) < 100 * EPS
+    saveat = diffrax.SaveAt(t0=True, solver_state=True)
+    with pytest.raises(ValueError, match="if the solve was resumed"):
+        dfxr.reverse_solve(*problem, _last(sol.ys), saveat=saveat, **kwargs)
+
+
+def test_elements_that_finish_early():
+    # With other adjoints they make steps after their end, from a time that is none.
+    y1 = jnp.array([1.0, 0.2])
+
+    def gradient(adjoint):
+        def loss(y1, t1):
+            back = dfxr.reverse_solve(
+                PENDULUM,
+                dfxr.LeapfrogMidpoint(),
+                0.0,
+                t1,
+                0.1,
+                y1,
+                solver_state=(t1 - 0.1, y1),
+                adjoint=adjoint,
+                max_steps=16,
+                drift_tolerance=None,
+            )
+            return jnp.sum(back.ys)
+
+        return jax.jit(jax.vmap(jax.grad(loss)))(
+            jnp.stack([y1, y1]), jnp.array([1.0, 0.5])
+        )
+
+    ours = gradient(dfxr.ReversibleAdjoint())
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    assert relative_difference(ours, expected) < 100 * EPS
+
+
+def test_gradient_of_t0_in_one_step():
+    def gradient(adjoint):
+        def loss(t0):
+            back = dfxr.reverse_solve(
+                *(PENDULUM, dfxr.EES25(), t0, 0.1, 0.2, jnp.array([1.0, 0.2])),
+                adjoint=adjoint,
+                max_steps=4,
+            )
+            return jnp.sum(back.ys)
+
+        return jax.jit(jax.grad(loss))(0.0)
+
+    ours = gradient(dfxr.ReversibleAdjoint())
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    # The ends of the interval are all there is.
+    assert relative_difference(ours, expected) < 100 * EPS

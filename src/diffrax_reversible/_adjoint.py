@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from . import _save as save, _times as times_
 from ._compat import host_loop, is_save_state, is_sub_save_at, is_unsafe_sde
 from ._controlled import precision
-from ._drift import all_finite, check_drift, distance
+from ._drift import all_finite, check_drift, check_tolerance, distance
 from ._guard import once_only, reverse_only, without_tangents
 from ._hoist import Hoisted, Hoister, materialise, tree_add
 from ._pullback import AbstractPullback, comparable, Functions, make_pullback, Step
@@ -104,16 +104,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 "`ReversibleAdjoint(checkpoint_every=...)` must be a positive integer, "
                 f"or `None`; got {self.checkpoint_every}."
             )
-        tolerance = self.drift_tolerance
-        if tolerance not in (None, "auto") and (
-            isinstance(tolerance, bool)
-            or not isinstance(tolerance, (int, float))
-            or not tolerance > 0
-        ):
-            raise ValueError(
-                "`ReversibleAdjoint(drift_tolerance=...)` must be a positive number, "
-                f'"auto", or `None` for no check; got {tolerance}.'
-            )
+        check_tolerance("ReversibleAdjoint", self.drift_tolerance)
 
     def loop(
         self,

@@ -36,6 +36,18 @@ def all_finite(tree):
     return ft.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
+def check_tolerance(name: str, tolerance) -> None:
+    if tolerance not in (None, "auto") and (
+        isinstance(tolerance, bool)
+        or not isinstance(tolerance, (int, float))
+        or not tolerance > 0
+    ):
+        raise ValueError(
+            f"`{name}(drift_tolerance=...)` must be a positive number, "
+            f'"auto", or `None` for no check; got {tolerance}.'
+        )
+
+
 def default_tolerance(drift) -> float:
     # Single precision cannot do better, and double need not be worse.
     return 6e-5 if drift.dtype.itemsize <= 4 else 1e-5

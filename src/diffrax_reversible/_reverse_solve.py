@@ -7,7 +7,7 @@ is called with the very terms and times that `step` was called with.
 """
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import diffrax
@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, PyTree, Real
 from ._adjoint import ReversibleAdjoint
 from ._compat import is_sub_save_at, is_unsafe_sde, RealScalarLike, WrapTerm
 from ._coupling import AbstractCouplingSolver, stop_gradient
-from ._drift import default_tolerance, distance
+from ._drift import check_tolerance, default_tolerance, distance
 from ._registry import to_reversible
 from ._solver.base import AbstractReversibleSolver
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint
@@ -40,10 +40,10 @@ def reverse_solve(
     args: PyTree[Any] = None,
     *,
     solver_state: PyTree = None,
-    step_ts: Real[Array, " steps"] | None = None,
+    step_ts: Real[ArrayLike, " steps"] | Sequence[RealScalarLike] | None = None,
     saveat: diffrax.SaveAt = diffrax.SaveAt(t0=True),
     adjoint: diffrax.AbstractAdjoint = ReversibleAdjoint(),
-    max_steps: int = 4096,
+    max_steps: int | None = 4096,
     drift_tolerance: float | int | str | None = "auto",
 ) -> diffrax.Solution:
     """Undoes a solve that was made with a reversible solver, step by step, from its end
@@ -107,12 +107,15 @@ def reverse_solve(
         starts of steps, in place of their ends; and `steps=n` every `n`th of them,
         counted from `t1`. What `solver_state=True` returns is the state at `t0`.
     - `adjoint`: How to differentiate.
-    - `max_steps`: As in that solve. Not used if there are `step_ts`.
+    - `max_steps`: As in that solve, but not `None`. Not used if there are `step_ts`.
     - `drift_tolerance`: How far the solver state that is arrived at may be from that
         with which a solve starts at `t0`, relative to the size of each of its leaves.
         `"auto"` is 1e-5, or 6e-5 in single precision. Use `None`, for no check, if the
-        solve was not started at `t0` but resumed. Solvers without a state, and
-        splittings, cannot be checked.
+        solve was not started at `t0` but resumed. (Then what is `recorded` is not known
+        to be right, as the time of the step before with
+        [`diffrax_reversible.LeapfrogMidpoint`][], and such solvers have no
+        `SaveAt(solver_state=True)`.) Solvers without a state, and splittings, cannot be
+        checked.
 
     **Returns:**
 
@@ -122,10 +125,12 @@ def reverse_solve(
 
     - `ValueError` if the solver is not reversible or asks for checkpoints; without the
         `solver_state` if there should be one; without or with both of `dt0` and
-        `step_ts`; for `SaveAt(controller_state=True)` and `SaveAt(made_jump=True)`; and
-        for a [`diffrax.UnsafeBrownianPath`][].
-    - `NotImplementedError` for a solver that has more `recorded` than times, if it is
-        not an [`diffrax_reversible.AbstractCouplingSolver`][] with `next_fixed`.
+        `step_ts`; for `SaveAt(controller_state=True)` and `SaveAt(made_jump=True)`; for
+        `max_steps=None`; for a `drift_tolerance` that is none; for a
+        [`diffrax.UnsafeBrownianPath`][]; and for [`diffrax.BacksolveAdjoint`][] and
+        [`diffrax.ImplicitAdjoint`][].
+    - `NotImplementedError` for a solver with both `recorded` and `steer`. (In solvers
+        that have but `recorded`, this must not depend on the solution.)
     - `RuntimeError` if `step_ts` do not lead from `t0` to `t1`; if there are more than
         `max_steps` steps; if some are too short to be told from `t0`; or if the state
         that is arrived at is not finite, or off by more than `drift_tolerance`.
@@ -141,6 +146,17 @@ def reverse_solve(
             "`reverse_solve` does not support `SaveAt(controller_state=True)` and "
             "`SaveAt(made_jump=True)`."
         )
+    if isinstance(adjoint, (diffrax.BacksolveAdjoint, diffrax.ImplicitAdjoint)):
+        raise ValueError(
+            f"`reverse_solve` does not support `{type(adjoint).__name__}`. Use "
+            "`ReversibleAdjoint()`, which is the default."
+        )
+    if max_steps is None:
+        raise ValueError(
+            "`reverse_solve` does not support `max_steps=None`. Use the number of "
+            "steps of the solve, or more."
+        )
+    check_tolerance("reverse_solve", drift_tolerance)
     if (dt0 is None) == (step_ts is None):
         raise ValueError(
             "`reverse_solve` needs to know where the steps were: either the constant "
@@ -148,11 +164,14 @@ def reverse_solve(
             "`SaveAt(steps=True)`."
         )
 
+    # As diffrax does it.
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
+    times = [x for x in (t0, t1, dt0, *(sub.ts for sub in subs)) if x is not None]
     with jax.numpy_dtype_promotion("standard"):
-        times = [x for x in (t0, t1, dt0, step_ts) if x is not None]
         dtype = jnp.result_type(*times)
         if not jnp.issubdtype(dtype, jnp.floating):
             dtype = jnp.result_type(float)
+        y1 = jtu.tree_map(lambda y: jnp.asarray(y, jnp.result_type(y, dtype)), y1)
     t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
     direction = jnp.where(t0 < t1, 1, -1)
     ts = lax.stop_gradient(_step_times(t0, t1, dt0, step_ts, max_steps, direction))
@@ -163,12 +182,19 @@ def reverse_solve(
     forwards = jtu.tree_map(lambda x: WrapTerm(x, direction), terms, is_leaf=_is_term)
     start = ft.partial(_start, solver, *stop_gradient((forwards, ts * direction, args)))
     # Of the right structure; nothing in it is used but what does not depend on `y`.
-    example_y = stop_gradient(jtu.tree_map(jnp.asarray, y1))
+    example_y = stop_gradient(y1)
     example = start(example_y)
     _check_is_undone(solver, example)
     if solver_state is None:
         solver_state = _state_from_solution(solver, forwards, t1 * direction, y1, args)
     recorded = _recorded(solver, forwards, ts * direction, args, example_y, example)
+    if recorded and saveat.solver_state and drift_tolerance is None:
+        raise ValueError(
+            "`reverse_solve(..., drift_tolerance=None)` does not support "
+            f"`SaveAt(solver_state=True)` with `{type(solver).__name__}`: a part of "
+            "the state is not known if the solve was resumed. Undo it together with "
+            "that from which it was resumed."
+        )
 
     def reverse(sub):
         return diffrax.SubSaveAt(
@@ -227,7 +253,8 @@ def reverse_solve(
     )
     if drift_tolerance is not None:
         y0 = stop_gradient(jtu.tree_map(lambda x: x[0], y0))
-        sol = _check_start(sol, solver, (y0, state0), (y0, start(y0)), drift_tolerance)
+        states = ((y0, state0), (y0, start(y0)), (y1, solver_state))
+        sol = _check_start(sol, solver, *states, drift_tolerance)
     return sol
 
 
@@ -244,7 +271,7 @@ def _order(ts: Array) -> Array:
     return (jnp.sum(jnp.isfinite(ts)) - 1 - jnp.arange(len(ts))) % len(ts)
 
 
-def _step_times(t0, t1, dt0, step_ts, max_steps: int, direction) -> Array:
+def _step_times(t0, t1, dt0, step_ts, max_steps, direction) -> Array:
     """`t0`, and the ends of all steps, and then what is not finite."""
     if step_ts is None:
         # Those that diffrax makes, to the last bit.
@@ -261,7 +288,7 @@ def _step_times(t0, t1, dt0, step_ts, max_steps: int, direction) -> Array:
         )
         step_ts = clock.ts
         assert step_ts is not None
-    ts = jnp.concatenate([t0[None], step_ts.astype(t0.dtype)])
+    ts = jnp.concatenate([t0[None], jnp.asarray(step_ts, t0.dtype)])
     is_step = jnp.isfinite(ts)
     is_ordered = (ts[1:] * direction >= ts[:-1] * direction) & is_step[:-1]
     return eqx.error_if(
@@ -302,7 +329,7 @@ def _start(solver, terms, ts, args, y0) -> PyTree:
 
 
 def _state_from_solution(solver, terms, t1, y1, args) -> PyTree:
-    state = solver.init(terms, t1, t1, jtu.tree_map(jnp.asarray, y1), args)
+    state = solver.init(terms, t1, t1, y1, args)
     # What a splitting keeps is an evaluation at the solution.
     if jtu.tree_leaves(state) and not isinstance(solver, AbstractSplitting):
         raise ValueError(
@@ -334,7 +361,12 @@ def _recorded(solver, terms, ts, args, y1, state) -> list[Array]:
         t0, t1 = interval
         state0 = _with_recorded(solver, state, values)
         _, _, _, state1, _ = solver.step(terms, t0, t1, y1, args, state0, False)
-        return jtu.tree_leaves(solver.recorded(state1)), values
+        # (The times given to `StepTo` start with `t0`, which is no step.)
+        new_values = [
+            jnp.where(t0 == t1, old, new)
+            for old, new in zip(values, jtu.tree_leaves(solver.recorded(state1)))
+        ]
+        return new_values, values
 
     _, recorded = lax.scan(body, values, (ts[:-1], ts[1:]))
     return stop_gradient(recorded)
@@ -346,15 +378,15 @@ def _with_recorded(solver, state: PyTree, values: list[Array]) -> PyTree:
     return eqx.tree_at(lambda s: jtu.tree_leaves(solver.recorded(s)), state, values)
 
 
-def _check_start(sol, solver, rebuilt, start, tolerance):
+def _check_start(sol, solver, rebuilt, start, end, tolerance):
     def parts(y, state):
         # (What else there is follows from these, or only chooses steps to come.)
         if isinstance(solver, AbstractCouplingSolver):
             return solver.split(y, state).registers
         return y, state
 
-    rebuilt, start = stop_gradient((parts(*rebuilt), parts(*start)))
-    drift = distance(rebuilt, start, start)
+    rebuilt, start, end = stop_gradient([parts(*x) for x in (rebuilt, start, end)])
+    drift = distance(rebuilt, start, end)
     if tolerance == "auto":
         tolerance = default_tolerance(drift)
     return eqx.error_if(
@@ -416,7 +448,8 @@ class _Backwards(AbstractReversibleSolver, diffrax.AbstractStratonovichSolver):
         del made_jump
         state, index = solver_state
         index = index - 1
-        values = [x[index] for x in self.recorded_values]
+        # (An element of a batch that is done makes steps before the first.)
+        values = [x[jnp.maximum(index, 0)] for x in self.recorded_values]
         y1, dense_info, state = self.solver.backward_step(
             _reversed(terms),
             -t1,
@@ -478,7 +511,9 @@ class _Retrace(diffrax.AbstractStepSizeController):
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         del terms, t0, t1, y0, dt0, args, func, error_order
         index = jnp.maximum(self.last - 1, 0)
-        return self.ts[index], index
+        # diffrax takes the smaller of this and the end, and the derivative of both if
+        # they are the same.
+        return jnp.where(index == 0, jnp.inf, self.ts[index]), index
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
