@@ -132,7 +132,7 @@ CONFIGURATIONS = [
     for name, case in SOLVERS.items()
     for kind, structure, dtype in (
         ("ode", "pytree", jnp.float32),
-        *([("ode", "none", jnp.float64)] if case.host is None else []),
+        *([("ode", "none", jnp.float64)] if case.host is case.noise is None else []),
         # All of them are in the gradients.
         *(
             (kind, "vector", jnp.float64)

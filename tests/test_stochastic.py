@@ -310,6 +310,21 @@ def test_dissipation():
     assert not jnp.abs(failed - expected) < 1
 
 
+def test_little_is_forgotten():
+    # Whatever the noise of single steps is. (Where each goes by its own error estimate,
+    # this asks for some 30.)
+    @jax.jit
+    def solve(key):
+        terms = _terms("commutative", Polygon(walk(key, FINE, 1)))
+        solver = dfxr.UReversible(diffrax.SPaRK())
+        sol = diffrax.diffeqsolve(
+            terms, solver, 0.0, 1.0, 1 / FINE, Y0, adjoint=ADJOINT, max_steps=FINE + 1
+        )
+        return sol.stats["num_checkpoints"]
+
+    assert solve(jax.random.key(0)) <= 4
+
+
 #
 # Gradients
 #

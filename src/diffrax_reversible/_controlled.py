@@ -69,9 +69,14 @@ damped at great cost, and with a larger one the solution in single precision wou
 worse than rounding makes it.
 
 If there is no embedded estimate then $|e|$ is what it would be for a linear problem,
-from the slopes at both ends of the step. For an SDE the same holds with $W$ next to
-$h$: a perturbation of $D$ is multiplied by $h L$ and by $|W| L$, in the latter case of
-mean zero. $d$ depends on the past alone, and so do the $m$s.
+from the slopes at both ends of the step.
+
+**Noise.** For an SDE the same holds with $W$ next to $h$: a perturbation of $D$ is
+multiplied by $h L$ and by $|W| L$, in the latter case of mean zero; and the $m$s are
+known before the noise of their step is. But a step with little noise has a small error
+estimate, and $d$ is the sum of those before it. With $D$ from that step alone one
+driven by a single noise would forget in most of its steps: so $|e|$ is the largest so
+far, faded by 0.9 a step.
 
 **The derivative.** The solution is insensitive to $d$, but its tangent need not be: a
 sensitive solution multiplies the derivative of $d$ as the parasitic eigenvalue $m /
@@ -143,6 +148,9 @@ class Account(NamedTuple):
     spent: Float[Array, ""]
     # Whether the last step was over the budget.
     wants_checkpoint: Bool[Array, ""]
+    # For an SDE: the largest error estimate of each leaf, faded. (Otherwise not an
+    # empty tuple: there is but one of those, and `equinox.tree_at` is confused.)
+    errors: tuple[Float[Array, ""], ...] | None
 
 
 # `m = 2**(-code / 8)`, but for `_SYNC`, which is `m = 0`. One byte a step is recorded.
@@ -155,6 +163,8 @@ _LEAST_EXACT = 0.4
 _FLOOR = 4
 # Growth by more than this is a new defect.
 _MOST_GROWTH = 20
+# By which an error estimate of an SDE fades in each step.
+_FADE = 0.9
 
 
 def coupling(code: UInt8[Array, ""]) -> Float[Array, ""]:
@@ -280,10 +290,11 @@ def error_from_slopes(k0: Y, k1: Y, order: int | None) -> tuple[Array, ...]:
     return tuple(factor * (a + b) for a, b in zip(norms(k0), norms(k1), strict=True))
 
 
-def init(y0: Y) -> tuple[UInt8[Array, ""], Account]:
+def init(y0: Y, noisy: bool) -> tuple[UInt8[Array, ""], Account]:
     zero = jnp.zeros((), precision(y0).dtype)
     peak = tuple(zero for _ in norms(y0))
-    return jnp.array(0, jnp.uint8), Account(peak, zero, jnp.array(False))
+    account = Account(peak, zero, jnp.array(False), peak if noisy else None)
+    return jnp.array(0, jnp.uint8), account
 
 
 def _levels(
@@ -330,12 +341,17 @@ def update(
     tiny = jnp.finfo(dtype).tiny
     m = coupling(code).astype(dtype)
 
+    errors = tuple(e.astype(dtype) for e in errors)
+    if account.errors is not None:
+        faded = [_FADE * e for e in account.errors]
+        errors = tuple(map(jnp.maximum, errors, faded))
+
     # Of the leaves, that with which it is worst.
     least = jnp.ones((), dtype)
     growth = jnp.zeros((), dtype)
     peaks = []
     sizes = norms(difference1)
-    levels = _levels(factor, tuple(e.astype(dtype) for e in errors), y1)
+    levels = _levels(factor, errors, y1)
     for size, level, peak in zip(sizes, levels, account.peak, strict=True):
         m1 = jnp.where(size > level, level / jnp.maximum(size, tiny), 1)
         # A difference that is not a number is as bad as one can be.
@@ -353,5 +369,6 @@ def update(
         peak=tuple(peaks),
         spent=jnp.where(over, jnp.zeros((), dtype), spent),
         wants_checkpoint=over,
+        errors=None if account.errors is None else errors,
     )
     return _encode(least.astype(dtype)), account1

@@ -71,8 +71,8 @@ class UReversible(
     its pullback, on the backward pass. The solver state is `(y - z, code, account)`, or
     `z` if the coupling is a number. Here `y - z` and `z` are of the structure, shapes
     and dtypes of `y`, `code` is the coupling as a `uint8` (recorded, so that it takes a
-    byte a step), and the account holds a real scalar for each leaf of `y` and one more,
-    and a boolean.
+    byte a step), and the account holds a real scalar for each leaf of `y` (two for an
+    SDE) and one more, and a boolean.
 
     Uses the interpolation of the wrapped solver for dense/ts output, on the stages of
     the first increment. So its error is of the same order at all times: 5 for `Tsit5`
@@ -187,7 +187,8 @@ class UReversible(
         args: Args,
     ) -> _SolverState:
         is_stratonovich = isinstance(self.solver, diffrax.AbstractStratonovichSolver)
-        if (is_sde(terms) or self._is_srk) and not is_stratonovich:
+        noisy = is_sde(terms) or self._is_srk
+        if noisy and not is_stratonovich:
             raise ValueError(
                 f"`UReversible({type(self.solver).__name__}())` cannot solve an SDE, "
                 f"as `{type(self.solver).__name__}` is not marked as converging to the "
@@ -198,7 +199,7 @@ class UReversible(
             self.solver.init(cast(Any, terms), t0, t1, y0, args)
             eqx.filter_eval_shape(_check_product, terms, t0, t1, y0, args)
         if self._controlled:
-            code, account = controlled.init(y0)
+            code, account = controlled.init(y0, noisy)
             return jtu.tree_map(jnp.zeros_like, y0), code, account
         return y0
 
