@@ -146,6 +146,28 @@ def test_dissipation():
         jax.block_until_ready(gradient(dfxr.ReversibleAdjoint(checkpoints=0)))
 
 
+@pytest.mark.parametrize("gamma", [240.0, 8000.0])
+def test_friction_of_which_no_step_can_be_undone(gamma):
+    # It loses more than there are digits, or all.
+    path = Polygon(walk(jax.random.key(0), 64, 2))
+    gammas = jnp.array([gamma, 1.0])
+
+    def gradient(adjoint):
+        @ft.partial(jax.value_and_grad, has_aux=True)
+        def run(y0):
+            sol = _solve(_terms(path, gammas, 1.0), 8, adjoint, y0)
+            x, v = sol.ys
+            return jnp.sum(x) + jnp.sum(v**2), sol.stats.get("num_checkpoints")
+
+        (_, num_checkpoints), grad = jax.jit(run)(Y0)
+        return num_checkpoints, grad
+
+    num_checkpoints, grad = gradient(ADJOINT)
+    assert num_checkpoints == 8
+    _, expected = gradient(diffrax.DirectAdjoint())
+    assert relative_difference(grad, expected) < 1e-12
+
+
 def test_counts():
     counter = Counter()
     path = Polygon(walk(jax.random.key(0), 10, 1))

@@ -20,6 +20,8 @@ class _SolverState(NamedTuple):
     spent: Float[Array, ""]
     # Whether the last step was over the budget.
     wants_checkpoint: Bool[Array, ""]
+    # Whether it would have been so by itself.
+    needs_checkpoint: Bool[Array, ""]
 
 
 class _Step(NamedTuple):
@@ -98,7 +100,7 @@ class ABOBA(
     Makes one evaluation of $\nabla f$ a step; undoing it makes two, with one pullback,
     on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The Brownian
     motion needs `levy_area=SpaceTimeLevyArea`. There is no error estimate, and dense
-    output is linear. The solver state is an account, of a real scalar and a boolean.
+    output is linear. The solver state is an account, of a real scalar and two booleans.
 
     !!! warning
 
@@ -172,7 +174,7 @@ class ABOBA(
             "`ABOBA()` needs `gamma` and `u` to be the same in both of "
             "`UnderdampedLangevinDriftTerm` and `UnderdampedLangevinDiffusionTerm`.",
         )
-        return _SolverState(spent, jnp.array(False))
+        return _SolverState(spent, jnp.array(False), jnp.array(False))
 
     def func(
         self,
@@ -182,6 +184,15 @@ class ABOBA(
         args: Args,
     ) -> VF:
         return terms.vf(t0, y0, args)
+
+    def needs_checkpoint(
+        self,
+        solver_state: _SolverState,
+        new_solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> BoolScalarLike:
+        del solver_state, made_jump
+        return new_solver_state.needs_checkpoint
 
     def wants_checkpoint(
         self,
@@ -248,10 +259,12 @@ class ABOBA(
     def _charge(self, step: _Step, y0: Y, solver_state: _SolverState) -> _SolverState:
         spent, contraction = lax.stop_gradient((solver_state.spent, step.contraction))
         leaves = [c for c in jtu.tree_leaves(contraction) if c.size > 0]
+        zero = jnp.zeros_like(spent)
         growth = [-jnp.log(jnp.min(c)).astype(spent.dtype) for c in leaves]
-        spent = spent + ft.reduce(jnp.maximum, growth, jnp.zeros_like(spent))
+        growth = ft.reduce(jnp.maximum, growth, zero)
+        spent = spent + growth
         over = spent > budget(y0)
-        return _SolverState(jnp.where(over, jnp.zeros_like(spent), spent), over)
+        return _SolverState(jnp.where(over, zero, spent), over, growth > budget(y0))
 
     def backward_step(
         self,
