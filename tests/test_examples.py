@@ -139,10 +139,13 @@ def test_benchmark(name, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("users_settings")
 def test_readme():
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     namespace = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+    for code in re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+    ):
+        exec(compile(code, "README.md", "exec"), namespace)
     assert jnp.all(jnp.isfinite(namespace["grads"]))
+    assert jnp.allclose(namespace["back"].ys[0], 1, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("users_settings")
