@@ -18,6 +18,7 @@ def keys(capsys, **kwargs):
 
 
 SOLVERS = {
+    dfxr.ABOBA(): {"leimkuhler2013rational"},
     dfxr.AsynchronousLeapfrog(): {"mutze2013asynchronous", "zhuang2021mali"},
     dfxr.BlanesMoan4(): {"blanes2002practical"},
     dfxr.BlanesMoan6(): {"blanes2002practical"},

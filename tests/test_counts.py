@@ -151,6 +151,12 @@ def test_stages_in_a_loop(coupling_parameter):
     assert traces < unrolled_traces / 2
 
 
+def _deep(num_layers, y):
+    for _ in range(num_layers):
+        y = jnp.sin(jnp.ones((y.size, y.size)) @ y)
+    return y
+
+
 @pytest.mark.parametrize(
     "size,vector_field,in_a_loop",
     [
@@ -160,6 +166,7 @@ def test_stages_in_a_loop(coupling_parameter):
         (100, lambda y: jnp.ones((100, 100)) @ y, False),
         (100, jax.jit(lambda y: jax.nn.relu(jnp.ones((100, 100)) @ y)), False),
         (100, lambda y: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y), y), False),
+        (3, lambda y: _deep(100, y), True),
     ],
 )
 def test_stages_in_a_loop_by_default(size, vector_field, in_a_loop):

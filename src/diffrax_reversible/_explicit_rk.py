@@ -1,6 +1,6 @@
 """The increment of an explicit Runge--Kutta method."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import diffrax
@@ -87,6 +87,9 @@ _NOT_FUSED = {
 }
 # A loop over stages costs about as much as so many elements in each of them.
 _SMALL = 32
+# In vector fields of more operations than this its cost is not seen, and unrolled they
+# take long to compile.
+_MANY = 150
 
 
 def _runs_faster_in_a_loop(term, t, y, args, control) -> bool:
@@ -95,21 +98,19 @@ def _runs_faster_in_a_loop(term, t, y, args, control) -> bool:
     use it, to be computed again in each, and that grows quickly with their number. (By
     a factor of 2 for pointwise functions, and of 30 for a five-point stencil, where the
     loop costs but a few per cent.)"""
-    if sum(np.size(x) for x in jtu.tree_leaves(y)) <= _SMALL:
-        return False
     jaxpr, _, _ = eqx.filter_make_jaxpr(term.vf_prod)(t, y, args, control)
-    return not _has_barrier(jaxpr.jaxpr)
+    names = list(_primitives(jaxpr.jaxpr))
+    size = sum(np.size(x) for x in jtu.tree_leaves(y))
+    return len(names) > _MANY or (size > _SMALL and _NOT_FUSED.isdisjoint(names))
 
 
-def _has_barrier(jaxpr) -> bool:
+def _primitives(jaxpr) -> Iterator[str]:
+    is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _NOT_FUSED:
-            return True
-        is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        yield eqn.primitive.name
         for x in jtu.tree_leaves(eqn.params, is_leaf=is_jaxpr):
-            if is_jaxpr(x) and _has_barrier(getattr(x, "jaxpr", x)):
-                return True
-    return False
+            if is_jaxpr(x):
+                yield from _primitives(getattr(x, "jaxpr", x))
 
 
 def _scan_stages(
