@@ -55,7 +55,8 @@ def explicit_rk_increment(
     reverse.)
 
     The stages are made by a loop, if `scan`, or unrolled. In either case no stage is
-    evaluated that does not contribute. By default that is whatever runs faster.
+    evaluated that does not contribute. By default that is whichever is expected to run
+    faster, unless it takes long to compile.
     """
     stages = num_evaluations(tableau)
     ts = [t_from]
@@ -64,7 +65,7 @@ def explicit_rk_increment(
         t_i = t_from if c == 0 else t_to if c == 1 else t_from + c * (t_to - t_from)
         ts.append(t_i)
     if scan is None:
-        scan = _runs_faster_in_a_loop(term, t_from, y, args, control)
+        scan = _is_better_in_a_loop(stages, term, t_from, y, args, control)
     if scan and stages > 1:
         k = _scan_stages(tableau, term, ts, y, args, control, sign)
     else:
@@ -87,21 +88,22 @@ _NOT_FUSED = {
 }
 # A loop over stages costs about as much as so many elements in each of them.
 _SMALL = 32
-# In vector fields of more operations than this its cost is not seen, and unrolled they
-# take long to compile.
-_MANY = 150
+# Unrolled stages of more operations than this in all take long to compile.
+_MANY = 1000
 
 
-def _runs_faster_in_a_loop(term, t, y, args, control) -> bool:
-    """Unrolled stages have no overhead, which matters for vector fields that are made
-    of small matrix products. But XLA fuses whatever else there is into the stages that
-    use it, to be computed again in each, and that grows quickly with their number. (By
-    a factor of 2 for pointwise functions, and of 30 for a five-point stencil, where the
-    loop costs but a few per cent.)"""
+def _is_better_in_a_loop(stages: int, term, t, y, args, control) -> bool:
+    """Unrolled stages have no overhead, and the gradient of a parameter is added up for
+    all of them at once; which matters for vector fields that are made of matrix
+    products, most if they are small. But XLA fuses whatever else there is into the
+    stages that use it, to be computed again in each, and that grows quickly with their
+    number. (By a factor of 2 for pointwise functions, and of 30 for a five-point
+    stencil, where the loop costs but a few per cent.)"""
     jaxpr, _, _ = eqx.filter_make_jaxpr(term.vf_prod)(t, y, args, control)
     names = list(_primitives(jaxpr.jaxpr))
     size = sum(np.size(x) for x in jtu.tree_leaves(y))
-    return len(names) > _MANY or (size > _SMALL and _NOT_FUSED.isdisjoint(names))
+    is_fused = size > _SMALL and _NOT_FUSED.isdisjoint(names)
+    return is_fused or stages * len(names) > _MANY
 
 
 def _primitives(jaxpr) -> Iterator[str]:

@@ -367,9 +367,9 @@ UReversible.__init__.__doc__ = """**Arguments:**
 
 - `solver`: The solver to wrap; any [`diffrax.AbstractERK`][] or
     [`diffrax.AbstractSRK`][]. The stages of the former are unrolled, or made by a loop,
-    whichever is expected to run faster: unrolled if the vector field has at most 150
-    operations, and `y` at most 32 elements or the vector field a matrix product, a
-    convolution or a loop in it. If its
+    whichever is expected to run faster: unrolled if `y` has at most 32 elements, or the
+    vector field has a matrix product, a convolution or a loop in it, and if that makes
+    no more than 1000 operations in all stages. If its
     `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are made by a loop
     (of one kind, whichever it is), so that the vector field is compiled 2 times in a
     step and not `2s` times. That is for vector fields that take long to compile; and
