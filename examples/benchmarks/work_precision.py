@@ -201,7 +201,7 @@ def measure(problem, quick):
     for key, run in runs.items():
         try:
             results[key] = run()
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:
             if "ReversibleAdjoint" not in str(e):
                 raise
     runs = [runs[key] for key in results]
