@@ -168,18 +168,7 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
 def _walk_back(
     recorder, record, solver, terms, args, init_state, final_state, max_steps
 ):
-    initial = (init_state.y, init_state.solver_state)
-
-    def stored(index):
-        # The first slot is that of the second step.
-        slots = jtu.tree_map(
-            lambda x: x[jnp.maximum(index - 1, 0)], record.slots.states
-        )
-        arrays, static = eqx.partition(initial, eqx.is_array)
-        return eqx.combine(
-            jtu.tree_map(lambda a, b: jnp.where(index == 0, a, b), arrays, slots),
-            static,
-        )
+    static = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array, True)
 
     def cond_fun(carry):
         index, *_ = carry
@@ -188,11 +177,14 @@ def _walk_back(
     def body_fun(carry):
         num_steps, t1, rebuilt, after, out = carry
         index = num_steps - 1
-        t_prev, t0, made_jump = recorder.read_times(record, init_state, index)
+        # All steps but the first have a slot.
+        segment = recorder.read_segment(record, init_state, num_steps, index, 0)
+        t_prev, t0, made_jump = segment.times(index)
         y1, state1 = rebuilt
-        state1 = recorder.read_recorded(record, state1, index)
+        state1 = recorder.read_recorded(segment, state1, index)
         y0, _, state0 = solver.backward_step(terms, t0, t1, y1, args, state1, made_jump)
-        y_stored, state_stored = stored(index)
+        stored = recorder.read_stored(record, init_state, segment)
+        y_stored, state_stored = eqx.combine(stored, static)
         states = (state_stored, after, made_jump)
         needs = jnp.asarray(solver.needs_checkpoint(*states))
         wants = needs | solver.wants_checkpoint(*states)

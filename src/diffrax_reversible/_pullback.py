@@ -80,7 +80,7 @@ class Rebuilt(NamedTuple):
     y0: PyTree
     solver_state: PyTree
     # As returned by `restore`.
-    drift: Array
+    restored: Any
     # `None` unless it was asked for.
     dense_info: PyTree
     # (grad_y1, grad_solver_state1, grad_dense_info or None) -> (Grads, carry)
@@ -106,6 +106,12 @@ class AbstractPullback(abc.ABC):
         del fns, perturbed_solver_state
         return self
 
+    def can_restore_after(self, want_dense_info: bool) -> bool:
+        """Whether what is stored may as well be put in place after the step, or else it
+        has to be in `rebuild`."""
+        del want_dense_info
+        return False
+
     @abc.abstractmethod
     def prime(self, fns: Functions, t1, y1, solver_state) -> PyTree:
         """What is carried from step to step, before the first."""
@@ -121,7 +127,7 @@ class AbstractPullback(abc.ABC):
     ) -> Rebuilt:
         """Undoes a step. `restore(y0, solver_state)` returns what was stored in a
         checkpoint at the start of this step, if there is one, and else its inputs; and
-        a number, how far they are from each other."""
+        something to be handed on."""
 
 
 def _of_dtype(grads: PyTree, of: PyTree) -> PyTree:
@@ -192,7 +198,7 @@ class GenericPullback(AbstractPullback):
 
     def rebuild(self, fns, carry, step, restore, want_dense_info):
         times = (step.t0, step.t1)
-        y0, solver_state0, drift = restore(
+        y0, solver_state0, restored = restore(
             *fns.call(
                 "backward_step", step.made_jump, *times, step.y1, step.solver_state
             )
@@ -212,7 +218,7 @@ class GenericPullback(AbstractPullback):
                 carry,
             )
 
-        return Rebuilt(y0, solver_state0, drift, dense_info, pull)
+        return Rebuilt(y0, solver_state0, restored, dense_info, pull)
 
 
 class CouplingPullback(AbstractPullback):
@@ -282,6 +288,9 @@ class CouplingPullback(AbstractPullback):
         ):
             return self.fallback
         return self
+
+    def can_restore_after(self, want_dense_info):
+        return not (want_dense_info or self.solver.has_evaluate)
 
     def _scale(self, fns, k, fixed):
         """The scale, and a function that takes its gradient to the constants."""
@@ -356,7 +365,7 @@ class CouplingPullback(AbstractPullback):
             next_carry, pull_value1 = residuals0, with_residuals(carry)
         else:
             next_carry, pull_value1 = carry, None
-        y0, solver_state0, drift = restore(
+        y0, solver_state0, restored = restore(
             *solver.merge(Registers(registers0, value0, fixed, memo))
         )
         registers0 = solver.split(y0, solver_state0).registers
@@ -437,7 +446,7 @@ class CouplingPullback(AbstractPullback):
                 next_carry,
             )
 
-        return Rebuilt(y0, solver_state0, drift, dense_info, pull)
+        return Rebuilt(y0, solver_state0, restored, dense_info, pull)
 
 
 def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):

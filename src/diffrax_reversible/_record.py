@@ -82,12 +82,44 @@ class _Block(NamedTuple):
     state: PyTree
 
 
+class Segment(NamedTuple):
+    """The last of the steps that are still to be undone: so many as are undone between
+    two looks at the record."""
+
+    # One more than the number of the last, and the number of the first.
+    end: Array
+    first: Array
+    # Of each, from the last to the first: the end of the step before, its own start,
+    # `made_jump` at it, and a list of the leaves of `solver.recorded`.
+    t_prev: Array
+    t0: Array
+    made_jump: Any
+    recorded: list[Array]
+    # The number of the step at whose start there is a state to be compared with, and
+    # whether that is in this slot; otherwise it is the start of the solve.
+    stored_at: Array
+    is_slot: Array
+    slot: Array
+    # Whether it should be what the steps before were undone to.
+    is_undone: Array
+
+    def times(self, index: Array):
+        """The end of the step before, the start of the step, and `made_jump` at it."""
+        k = self.end - 1 - index
+        made_jump = False if self.made_jump is False else self.made_jump[k]
+        return self.t_prev[k], self.t0[k], made_jump
+
+    def num_passed(self, num_steps: Array) -> Array:
+        """How many slots have been passed with only `num_steps` left to be undone."""
+        return jnp.where(self.is_slot & (num_steps <= self.stored_at), 1, 0)
+
+
 class Recorder:
     def __init__(
         self,
         solver: AbstractReversibleSolver,
         made_jump: Any,
-        has_slots: bool,
+        asks: bool,
         max_steps: int | None,
         num_slots: int,
         checkpoint_every: int | None,
@@ -96,13 +128,18 @@ class Recorder:
         # `False` if that is known in advance of every step; otherwise an example.
         self.made_jump = made_jump
         self._has_jumps = made_jump is not False
-        self._has_slots = has_slots
+        # Whether the solver ever asks for a slot, be there any or not.
+        self._asks = asks
         # Whether the record may be too short, and has to be made again on the way back.
         self.is_window = max_steps is None
         self.length = WINDOW if max_steps is None else max(max_steps, 1)
         # (No step asks for two.)
         self._num_slots = num_slots if max_steps is None else min(num_slots, max_steps)
         self._checkpoint_every = checkpoint_every
+
+    @property
+    def has_slots(self) -> bool:
+        return self._asks and self._num_slots > 0
 
     def _place(self, index: Array) -> Array:
         return index % self.length if self.is_window else index
@@ -148,7 +185,7 @@ class Recorder:
     ):
         """The host's loop, at most until `stop` accepted steps have been made. Returns
         its final state, and the record."""
-        has_slots = has_slots and self._has_slots
+        has_slots = has_slots and self._asks
 
         def unfinished(state):
             out = cond_fun(state)
@@ -351,26 +388,75 @@ class Recorder:
         """`record`, with the steps of another."""
         return record._replace(steps=of.steps)
 
-    def read_times(self, record: Record, init_state, index: Array):
-        """The end of the step before, the start of the step, and `made_jump` at it."""
-        t_prev = jnp.where(index > 0, self.last_time(record, index), init_state.tprev)
-        if not self._has_jumps:
-            return t_prev, t_prev, False
-        code = record.steps.jumps[self._place(index)]
-        bumps = code & jnp.uint8(_JUMP_BIT - 1)
-        t0 = t = t_prev
-        for k in range(1, _MAX_BUMPS + 1):
-            t = eqxi.nextafter(t)
-            t0 = jnp.where(bumps == k, t, t0)
-        return t_prev, t0, (code & jnp.uint8(_JUMP_BIT)) != 0
+    def read_segment(
+        self, record: Record, init_state, num_steps: Array, num_slots: Array, first
+    ) -> Segment:
+        """The last of `num_steps` steps, at most back to the step number `first`, and
+        not beyond a state that is stored, of which there are `num_slots` to come."""
+        # An element of a batch that is done makes its first step again.
+        end = jnp.maximum(num_steps, 1)
+        numbers = jnp.maximum(end - 1 - jnp.arange(_BLOCK), 0)
+        before = self._place(jnp.maximum(numbers - 1, 0))
+        t_prev = jnp.where(numbers > 0, record.steps.times[before], init_state.tprev)
+        places = self._place(numbers)
+        t0, made_jump = t_prev, False
+        if self._has_jumps:
+            code = record.steps.jumps[places]
+            bumps = code & jnp.uint8(_JUMP_BIT - 1)
+            t = t_prev
+            for k in range(1, _MAX_BUMPS + 1):
+                t = eqxi.nextafter(t)
+                t0 = jnp.where(bumps == k, t, t0)
+            made_jump = (code & jnp.uint8(_JUMP_BIT)) != 0
 
-    def read_recorded(self, record: Record, solver_state: PyTree, index: Array):
+        first = jnp.maximum(first, end - _BLOCK)
+        slot = stored_at = jnp.zeros_like(end)
+        is_slot, is_undone = jnp.array(False), jnp.array(True)
+        if self.has_slots:
+            slots = record.slots
+            assert slots is not None
+            # One that has been passed, as in the end all have been, has a larger
+            # number. (But not one at the start of the solve, in an element that is
+            # done: that is restored again.)
+            slot = jnp.maximum(num_slots - 1, 0)
+            index = slots.index[slot].astype(end.dtype)
+            is_slot = (record.num_wanted > 0) & (index < end)
+            is_undone = ~is_slot | slots.is_undone[slot]
+            stored_at = jnp.where(is_slot, index, 0)
+            first = jnp.maximum(first, stored_at)
+        return Segment(
+            end=end,
+            first=first,
+            t_prev=t_prev,
+            t0=t0,
+            made_jump=made_jump,
+            recorded=[x[places] for x in record.steps.recorded],
+            stored_at=stored_at,
+            is_slot=is_slot,
+            slot=slot,
+            is_undone=is_undone,
+        )
+
+    def read_stored(self, record: Record, init_state, segment: Segment) -> PyTree:
+        """The arrays of the `(y, solver_state)` that is stored for this segment."""
+        initial = _arrays(init_state)
+        if not self.has_slots:
+            return initial
+        assert record.slots is not None
+        return jtu.tree_map(
+            lambda buffer, x: jnp.where(segment.is_slot, buffer[segment.slot], x),
+            record.slots.states,
+            initial,
+        )
+
+    def read_recorded(
+        self, segment: Segment, solver_state: PyTree, index: Array
+    ) -> PyTree:
         """`solver_state` with its recorded part as it was at the start of the step."""
-        if len(record.steps.recorded) == 0:
+        if len(segment.recorded) == 0:
             return solver_state
         where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
-        place = self._place(index)
-        recorded = [x[place] for x in record.steps.recorded]
+        recorded = [x[segment.end - 1 - index] for x in segment.recorded]
         return eqx.tree_at(where, solver_state, recorded)
 
     def stop_recorded(self, y: PyTree, solver_state: PyTree) -> PyTree:
@@ -390,34 +476,6 @@ class Recorder:
 
     def num_slots(self, record: Record) -> Array:
         return jnp.minimum(record.num_wanted, self._num_slots)
-
-    def read_slot(self, record: Record, num_slots: Array, index: Array, active: Array):
-        """How many stored steps are still to come after this one, whether this is one
-        of them, whether it should have been undone, and a function that returns `(y,
-        solver_state)` as stored at its start (or if not, its arguments)."""
-        if not self._has_slots or self._num_slots == 0:
-            no, yes = jnp.array(False), jnp.array(True)
-            return num_slots, no, yes, lambda state: state
-        slots = record.slots
-        assert slots is not None
-        slot = jnp.maximum(num_slots - 1, 0)
-        # An element of a batch that makes its first step over again must restore again,
-        # so this does not look at `active`, nor whether `num_slots` is zero. (A slot
-        # that has been passed cannot match again: all indices to come are smaller.)
-        is_here = (record.num_wanted > 0) & (slots.index[slot] == index)
-        is_undone = ~is_here | slots.is_undone[slot]
-
-        def read(state):
-            rebuilt, static = eqx.partition(state, eqx.is_array)
-            stored = jtu.tree_map(
-                lambda buffer, x: jnp.where(is_here, buffer[slot], x),
-                slots.states,
-                rebuilt,
-            )
-            return eqx.combine(stored, static)
-
-        passed = active & is_here & (num_slots > 0)
-        return num_slots - jnp.where(passed, 1, 0), is_here, is_undone, read
 
     def check(self, record: Record, grads: PyTree, is_repeated: Any) -> PyTree:
         """Raises an error if something went wrong on the way forward that spoils the
@@ -440,12 +498,12 @@ class Recorder:
             "cannot record such steps. Use `adjoint=diffrax.RecursiveCheckpointAdjoint"
             "()`.",
         )
-        if not self._has_slots:
+        if not self._asks:
             return grads
         too_few = record.num_wanted > self._num_slots
-        log2 = sum(
-            jnp.where(record.num_wanted > 2**k, 1, 0) for k in range(_MAX_LOG2_SLOTS)
-        )
+        # Rounded upwards.
+        log2 = 32 - lax.clz(jnp.maximum(record.num_wanted, 1).astype(jnp.int32) - 1)
+        log2 = jnp.minimum(log2, _MAX_LOG2_SLOTS)
         messages = [
             "The backward pass needs more checkpoints than "
             f"`ReversibleAdjoint(checkpoints={self._num_slots})` has slots for. The "
@@ -487,9 +545,9 @@ def make_recorder(
     else:
         example = jnp.asarray(init_state.made_jump)
     states = (init_state.solver_state, init_state.solver_state, example)
-    has_slots = (
+    asks = (
         checkpoint_every is not None
         or solver.needs_checkpoint(*states) is not False
         or solver.wants_checkpoint(*states) is not False
     )
-    return Recorder(solver, example, has_slots, max_steps, num_slots, checkpoint_every)
+    return Recorder(solver, example, asks, max_steps, num_slots, checkpoint_every)

@@ -1,4 +1,4 @@
-"""The loop over the steps of a solve, and the rule for its derivative: the way back."""
+"""The loop over the steps of a solve, and the rule for its derivative."""
 
 import dataclasses
 import functools as ft
@@ -11,17 +11,16 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from . import _save as save, _times as times_
 from ._compat import is_save_state, is_sub_save_at
-from ._controlled import precision
-from ._drift import all_finite, check_drift, distance
+from ._drift import all_finite, check_drift
 from ._guard import once_only, reverse_only, without_tangents
-from ._hoist import Hoisted, Hoister, materialise, tree_add
-from ._pullback import AbstractPullback, comparable, Functions, make_pullback, Step
+from ._hoist import Hoisted, Hoister
+from ._pullback import AbstractPullback, Functions, make_pullback, Step
 from ._record import make_recorder, Record, Recorder
-from ._vmap import where_active
+from ._way_back import Ends, WayBack
 
 
 inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
@@ -189,7 +188,7 @@ def _loop_fwd(
     fns = Functions(hoisted, inputs.consts, differentiated, wanted.any_of_steps)
     pullback = pullback.choose(fns, perturbed.init_state.solver_state)
     final_state, record = hoisted.call("run", inputs.consts, inputs.init_state)
-    ends = _Ends(
+    ends = Ends(
         final_state.y,
         final_state.solver_state,
         final_state.tprev,
@@ -202,42 +201,6 @@ def _loop_fwd(
     )
     out, ends, record = once_only(((final_state, record.num_wanted), ends, record))
     return out, (ends, record, differentiated, wanted, pullback)
-
-
-class _Ends(NamedTuple):
-    """What is kept of the final state."""
-
-    y: PyTree
-    solver_state: PyTree
-    tprev: Array
-    num_steps: Array
-    saved: list[save.Saved]
-    # `(None, None)` if there are no events.
-    event_times: tuple[Any, Any]
-
-
-class _Carry(NamedTuple):
-    """What is carried from step to step, backwards. `1` is the end of the next step to
-    be undone."""
-
-    # How many steps are still to be undone. The index of the next is one less.
-    num_steps: Array
-    # How many of the stored checkpoints are still to be reached.
-    num_slots: Array
-    t1: Array
-    # The start of the step after, which differs from `t1` if there is a jump between.
-    t_after: Array
-    y1: PyTree
-    solver_state: PyTree
-    pullback: PyTree
-    # For each `SubSaveAt`.
-    saved: list[save.Saved]
-    grad_y1: PyTree
-    grad_solver_state: PyTree
-    grad_consts: dict[int, Any]
-    grad_times: times_.Times
-    # The largest so far.
-    drift: Array
 
 
 @_loop.def_bwd
@@ -257,268 +220,33 @@ def _loop_bwd(
     del perturbed, kwargs
     init_state, times, consts, unknown = inputs
     ends, record, differentiated, wanted, pullback = residuals
-    ends: _Ends
+    ends: Ends
     record: Record
     grad_final_state, _ = grad_out
     del inputs, residuals, grad_out
-    times_vary = wanted.any_of_steps
-    fns = Functions(hoisted, consts, differentiated, times_vary)
-    grad_saves = jtu.tree_leaves(grad_final_state.save_state, is_leaf=is_save_state)
-    grad_ys = [None if save.is_zero(s.ys) else s.ys for s in grad_saves]
-    grad_dense_infos = _none_if_zero(grad_final_state.dense_infos)
-    grad_event_info = _none_if_zero(grad_final_state.event_dense_info)
-    want_dense_info = (
-        grad_dense_infos is not None
-        or grad_event_info is not None
-        or any(g is not None and t is not None for g, t in zip(grad_ys, times.saved))
+    way_back = WayBack(
+        fns=Functions(hoisted, consts, differentiated, wanted.any_of_steps),
+        pullback=pullback,
+        recorder=recorder,
+        init_state=init_state,
+        ends=ends,
+        grad_final_state=grad_final_state,
+        times=times,
+        wanted=wanted,
+        steps=steps,
+        check_drift=drift_tolerance is not None,
+        passed_solver_state=passed_solver_state,
     )
-
-    def keep(pred, new, old):
-        return jtu.tree_map(lambda a, b: where_active(pred, a, b), new, old)
-
-    def select(pred, new, old):
-        return jtu.tree_map(
-            lambda a, b: jnp.where(pred, a, b) if eqx.is_array(b) else b, new, old
-        )
-
-    def add_time(grad_times, t, grad, is_start):
-        if grad is None:
-            return grad_times
-        return times_.add(grad_times, times, t, grad, is_start)
-
-    zero_drift = jnp.zeros((), precision(ends.y).dtype)
-
-    def step_back(carry: _Carry, record: Record) -> _Carry:
-        # Under `vmap` an element that is done makes its last step again, with a zero
-        # gradient: at a place where it has been before, so that no NaN comes of it.
-        active = carry.num_steps > 0
-        unfinished = carry.num_steps > 1
-        index = jnp.maximum(carry.num_steps - 1, 0)
-        zero_unless_active = ft.partial(
-            jtu.tree_map, lambda g: where_active(active, g, jnp.zeros_like(g))
-        )
-        grad_y1 = zero_unless_active(carry.grad_y1)
-        grad_solver_state = zero_unless_active(carry.grad_solver_state)
-        grad_consts = dict(carry.grad_consts)
-        grad_times = carry.grad_times
-
-        is_start = index == 0
-        t_prev, t0, made_jump = recorder.read_times(record, init_state, index)
-        step = Step(
-            t0,
-            carry.t1,
-            carry.y1,
-            recorder.read_recorded(record, carry.solver_state, index),
-            made_jump,
-            (is_start, init_state.y, init_state.solver_state)
-            if passed_solver_state
-            else None,
-        )
-        num_slots, is_slot, is_undone, read_slot = recorder.read_slot(
-            record, carry.num_slots, index, active
-        )
-
-        def restore(y0, solver_state0):
-            # An element that never made a step is already where it started.
-            rebuilt = keep(
-                ends.num_steps > 0,
-                (y0, solver_state0),
-                (carry.y1, carry.solver_state),
-            )
-
-            def read():
-                stored = read_slot(rebuilt)
-                drift = zero_drift
-                initial = (init_state.y, init_state.solver_state)
-                if drift_tolerance is not None:
-                    compared = [
-                        comparable(pullback.solver, *state)
-                        for state in (
-                            rebuilt,
-                            select(is_start, initial, stored),
-                            (carry.y1, carry.solver_state),
-                        )
-                    ]
-                    drift = distance(*compared)
-                    drift = jnp.where(active & is_undone, drift, 0)
-                if pullback.restores_start:
-                    stored = select(is_start, initial, stored)
-                return stored, drift
-
-            (y0, solver_state0), drift = lax.cond(
-                eqxi.unvmap_any((is_slot | is_start) & (ends.num_steps > 0)),
-                read,
-                lambda: (rebuilt, zero_drift),
-            )
-            return y0, solver_state0, drift
-
-        rebuilt = pullback.rebuild(fns, carry.pullback, step, restore, want_dense_info)
-
-        #
-        # Values that were saved during this step, in the order opposite to that in
-        # which they were saved.
-        #
-
-        grad_dense_info = None
-        if grad_event_info is not None:
-            # The last step is the one in which an event may have been.
-            is_last = carry.num_steps == ends.num_steps
-            grad_dense_info = jtu.tree_map(
-                lambda g: jnp.where(active & is_last, g, 0), grad_event_info
-            )
-        if grad_dense_infos is not None:
-            grad_dense_info = tree_add(
-                grad_dense_info,
-                zero_unless_active(jtu.tree_map(lambda g: g[index], grad_dense_infos)),
-            )
-        grad_t0 = grad_t1 = grad_end = jnp.zeros_like(carry.t1)
-        if times_vary and grad_final_state.dense_ts is not None:
-            grad_end = grad_end + grad_final_state.dense_ts[index + 1]
-        new_saved = []
-        for i, saved in enumerate(carry.saved):
-            if steps[i] != 0:
-                is_saved = active & ((index + 1) % steps[i] == 0)
-                if grad_ys[i] is not None:
-                    new_consts, grad_t, grad_y = save.pull_steps(
-                        fns, i, is_saved, carry.t_after, carry.y1, grad_ys[i], saved
-                    )
-                    save.accumulate(grad_consts, new_consts)
-                    grad_y1 = tree_add(grad_y1, grad_y)
-                    grad_end = grad_end + grad_t
-                if times_vary and grad_saves[i].ts is not None:
-                    grad_end = grad_end + jnp.where(
-                        is_saved, saved.last(grad_saves[i].ts), 0
-                    )
-                saved = saved._replace(index=saved.index - jnp.where(is_saved, 1, 0))
-            ts = times.saved[i]
-            if ts is not None and (grad_ys[i] is not None or wanted.saved[i]):
-                saved, grad_consts, grad_ts, grad_dense_info, new_t0, new_t1 = (
-                    save.pull_ts(
-                        fns,
-                        i,
-                        step,
-                        rebuilt.dense_info,
-                        ts,
-                        # Saved here were those after the end of the step before.
-                        lambda t: active & ((index == 0) | (t > t_prev)),
-                        saved,
-                        grad_saves[i],
-                        grad_consts,
-                        grad_times.saved[i],
-                        grad_dense_info,
-                    )
-                )
-                grad_times = grad_times._replace(
-                    saved=_replaced(grad_times.saved, i, grad_ts)
-                )
-                grad_t0, grad_t1 = grad_t0 + new_t0, grad_t1 + new_t1
-            new_saved.append(saved)
-
-        grads, new_pullback = rebuilt.pull(grad_y1, grad_solver_state, grad_dense_info)
-        save.accumulate(grad_consts, grads.consts)
-        if times_vary:
-            for t, grad, at_start in (
-                (carry.t_after, grad_end, jnp.array(False)),
-                (carry.t1, grad_t1 + grads.t1, jnp.array(False)),
-                (t0, grad_t0 + grads.t0, is_start),
-            ):
-                grad = jnp.where(active, grad, 0)
-                grad_times = add_time(grad_times, t, grad, at_start)
-
-        return _Carry(
-            num_steps=index,
-            num_slots=num_slots,
-            t1=keep(unfinished, t_prev, carry.t1),
-            t_after=t0,
-            y1=keep(unfinished, rebuilt.y0, carry.y1),
-            solver_state=keep(unfinished, rebuilt.solver_state, carry.solver_state),
-            pullback=keep(unfinished, new_pullback, carry.pullback),
-            saved=new_saved,
-            grad_y1=keep(active, grads.y0, carry.grad_y1),
-            grad_solver_state=keep(active, grads.solver_state, carry.grad_solver_state),
-            grad_consts=grad_consts,
-            grad_times=grad_times,
-            drift=jnp.maximum(carry.drift, rebuilt.drift),
-        )
-
-    no_steps = ends.num_steps == 0
-    # (There may be one that was rejected.)
-    t1 = jnp.where(no_steps, ends.tprev, recorder.last_time(record, ends.num_steps))
-    grad_times = times_.zeros(wanted, times)
-    event_is_lost = None
-    if times_vary:
-        grad_times = add_time(grad_times, ends.tprev, grad_final_state.tprev, no_steps)
-    if ends.event_times[0] is not None:
-        event_t0, event_t1 = ends.event_times
-        grad_event = (grad_final_state.event_tprev, grad_final_state.event_tnext)
-        if times_vary:
-            is_first = ends.num_steps <= 1
-            grad_times = add_time(grad_times, event_t0, grad_event[0], is_first)
-            grad_times = add_time(grad_times, event_t1, grad_event[1], no_steps)
-        if grad_event_info is not None:
-            # The host interpolates over the last step that was tried.
-            was_used = [jnp.any(g != 0) for g in jtu.tree_leaves(grad_event_info)]
-            was_used = ft.reduce(jnp.logical_or, was_used)
-            event_is_lost = was_used & (event_t1 != t1)
-    carry = _Carry(
-        num_steps=ends.num_steps,
-        num_slots=recorder.num_slots(record),
-        t1=t1,
-        t_after=ends.tprev,
-        y1=ends.y,
-        solver_state=ends.solver_state,
-        pullback=pullback.prime(fns, t1, ends.y, ends.solver_state),
-        saved=ends.saved,
-        grad_y1=materialise(
-            grad_final_state.y, eqx.filter(ends.y, eqx.is_inexact_array)
-        ),
-        grad_solver_state=materialise(
-            grad_final_state.solver_state,
-            eqx.filter(ends.solver_state, eqx.is_inexact_array),
-        ),
-        grad_consts={i: jnp.zeros_like(consts[i]) for i in sorted(differentiated)},
-        grad_times=grad_times,
-        drift=zero_drift,
-    )
-
-    def walk(carry, record, first):
-        """Back to the step number `first`."""
-        return lax.while_loop(
-            lambda carry: eqxi.unvmap_any(carry.num_steps > first),
-            lambda carry: step_back(carry, record),
-            carry,
-        )
-
+    carry = way_back.start(record)
     if recorder.is_window:
-
-        def walk_window(carry__record__consistent):
-            carry, record, is_consistent = carry__record__consistent
-            # An element that is done makes its first step again.
-            is_done = carry.num_steps == 0
-            stop = jnp.where(
-                is_done,
-                jnp.minimum(ends.num_steps, recorder.length),
-                carry.num_steps,
-            ).astype(jnp.result_type(int))
-            again = hoisted.call("rerun", consts, stop)
-            record = recorder.replace_steps(record, again)
-            is_same = again.t_last == carry.t1
-            is_consistent = is_consistent & (is_same | is_done)
-            carry = walk(carry, record, recorder.first_step(stop))
-            return carry, record, is_consistent
-
-        carry = walk(carry, record, recorder.first_step(ends.num_steps))
-        carry, _, is_repeated = lax.while_loop(
-            lambda x: eqxi.unvmap_any(x[0].num_steps > 0),
-            walk_window,
-            (carry, record, jnp.array(True)),
-        )
+        rerun = ft.partial(hoisted.call, "rerun", consts)
+        carry, is_repeated = way_back.walk_windows(carry, record, rerun)
     else:
-        carry = walk(carry, record, 0)
-        is_repeated = True
+        carry, is_repeated = way_back.walk(carry, record, 0), True
 
     grads = (carry.grad_y1, carry.grad_solver_state, carry.grad_consts)
     grads = (*grads, carry.grad_times)
+    event_is_lost = way_back.event_is_lost(record)
     if event_is_lost is not None:
         grads = eqx.error_if(
             grads,
@@ -564,11 +292,3 @@ def _loop_bwd(
 
 def _is_none(x):
     return x is None
-
-
-def _none_if_zero(grads):
-    return None if save.is_zero(grads) else grads
-
-
-def _replaced(xs: tuple, i: int, x) -> tuple:
-    return (*xs[:i], x, *xs[i + 1 :])
