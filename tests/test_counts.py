@@ -1,5 +1,6 @@
 """What is claimed to be cheap is counted: evaluations, traces, bytes, copies."""
 
+import math
 import re
 
 import diffrax
@@ -317,7 +318,8 @@ def _compiled(solver, max_steps, batch=None, jumps=False, size=100, adaptive=Fal
 
 
 def _bytes_per_step(**kwargs):
-    few, many = 100, 10100
+    # Whole rows of the record.
+    few, many = 2 * 64, 160 * 64
     temp = [
         _compiled(max_steps=n, **kwargs).memory_analysis().temp_size_in_bytes
         for n in (few, many)
@@ -369,10 +371,10 @@ def _loop_bodies(hlo: str):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_no_copies_of_the_record(adaptive):
-    batch, n = 8, 1237
-    compiled = _compiled(RK, n, batch=batch, adaptive=adaptive)
+    batch, rows = 8, 19
+    compiled = _compiled(RK, 64 * rows, batch=batch, adaptive=adaptive)
     hlo = compiled.as_text()
-    shapes = (f"f64[{n}]", f"f64[{batch},{n}]", f"f64[{n},{batch}]")
+    shapes = (f"f64[{rows},64]", f"f64[{batch},{rows},64]", f"f64[{rows},64,{batch}]")
     assert any(shape in hlo for shape in shapes)
     num_bodies = 0
     for body in _loop_bodies(hlo):
@@ -382,3 +384,16 @@ def test_no_copies_of_the_record(adaptive):
             if result.startswith(shapes):
                 assert not re.search(r"\b(copy|select)\(", result), line
     assert num_bodies >= 2
+
+
+@pytest.mark.parametrize("solver", [RK, dfxr.UReversible(diffrax.Heun(), 0.999)])
+def test_inner_loops_are_small(solver):
+    # Those over steps, forwards and back: XLA runs a loop with little overhead only if
+    # it has no branch, and touches no array of more than 512 bytes.
+    hlo = _compiled(solver, max_steps=1000, size=2).as_text()
+    num_small = 0
+    for body in _loop_bodies(hlo):
+        shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", body)
+        largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+        num_small += largest <= 64 and "conditional(" not in body
+    assert num_small == 2

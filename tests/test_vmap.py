@@ -237,7 +237,7 @@ def test_elements_of_other_lengths(solver, adjoint, ks, steps):
     assert abs(jnp.vdot(grad, jnp.cos(ks)) - expected) < TOL * jnp.sum(jnp.abs(grad))
 
 
-@pytest.mark.parametrize("window", [7, 64])
+@pytest.mark.parametrize("window", [16, 24])
 @pytest.mark.parametrize(
     "solver,rtol",
     [(SOLVERS[0], 1e-4), (dfxr.LeapfrogMidpoint(), None)],
@@ -247,7 +247,8 @@ def test_windows(solver, rtol, window, monkeypatch):
     # Without a bound on the steps the record is made again, piece by piece; in a batch
     # of which some have just as many steps as there is space for.
     monkeypatch.setattr(_record, "WINDOW", window)
-    steps = jnp.array([0, 1, 6, 7, 8, 63, 64, 65, 128, 150])
+    monkeypatch.setattr(_record, "_BLOCK", 8)
+    steps = jnp.array([0, 1, 7, 8, 9, 16, 17, 24, 25, 150])
     ks, t1 = (
         jnp.linspace(0.1, 0.5, 10),
         jnp.maximum(0.02 * steps.astype(float) - 0.005, 0),

@@ -209,7 +209,7 @@ def _walk_back(
     dtype = rms(init_state.y).dtype
     nan = jnp.full(max_steps, jnp.nan, dtype)
     out = dict(
-        ts=record.steps.times,
+        ts=nan,
         separation=nan,
         coupling=nan,
         checkpoints=jnp.zeros(max_steps, bool),

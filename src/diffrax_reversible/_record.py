@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from ._coupling import AbstractCouplingSolver, stop_gradient
 from ._solver.base import AbstractReversibleSolver
+from ._vmap import where_active
 
 
 # By how many floating-point numbers the start of a step may differ from the end of the
@@ -19,18 +20,19 @@ _MAX_BUMPS = 4
 _JUMP_BIT = 0x80
 # Messages about too few slots name a power of two up to this one.
 _MAX_LOG2_SLOTS = 24
-# With `max_steps=None`: how many steps are recorded at a time.
+# With `max_steps=None`: how many steps are recorded at a time, two rows at least.
 WINDOW = 2**16
 
 
-# How many steps are recorded before the record is copied into the long one. On CPUs XLA
-# runs a loop with little overhead only if none of its arrays has more than 512 bytes,
-# which is that many times; and longer arrays are touched only outside the inner loop.
+# How many steps are recorded before they are copied into the long record, of which they
+# are a row. On CPUs XLA runs a loop with little overhead only if none of its arrays has
+# more than 512 bytes, which is that many times; and longer arrays are touched only
+# outside the inner loop.
 _BLOCK = 64
 
 
 class Steps(NamedTuple):
-    """Of a number of accepted steps. The arrays are buffers within the loop."""
+    """Of accepted steps, in rows of `_BLOCK`. In the loop the arrays are buffers."""
 
     # `tnext`.
     times: Any
@@ -68,10 +70,11 @@ class Record(NamedTuple):
 class _Block(NamedTuple):
     """What is carried from step to step besides the host's state."""
 
-    # The steps since the one of this number, and whether there are `_BLOCK` of them.
-    start: Array
-    is_full: Array
+    # The row that the last step is in, whether that is full, and how many steps have
+    # been copied into the long record.
     steps: Steps
+    is_full: Array
+    num_copied: Array
     t_last: Array
     is_consistent: Array
     # If there are slots: whether the last step asks for one, whether it can be undone,
@@ -133,6 +136,7 @@ class Recorder:
         # Whether the record may be too short, and has to be made again on the way back.
         self.is_window = max_steps is None
         self.length = WINDOW if max_steps is None else max(max_steps, 1)
+        self._num_rows = -(-self.length // _BLOCK)
         # (No step asks for two.)
         self._num_slots = num_slots if max_steps is None else min(num_slots, max_steps)
         self._checkpoint_every = checkpoint_every
@@ -153,14 +157,14 @@ class Recorder:
     # On the way forward
     #
 
-    def _empty_steps(self, init_state, length: int) -> Steps:
+    def _empty_steps(self, init_state, *shape: int) -> Steps:
         # An element of a batch may read here though it never made a step. So this holds
         # what a step of length zero would have put.
         return Steps(
-            times=jnp.full(length, init_state.tprev),
-            jumps=jnp.zeros(length, jnp.uint8) if self._has_jumps else None,
+            times=jnp.full(shape, init_state.tprev),
+            jumps=jnp.zeros(shape, jnp.uint8) if self._has_jumps else None,
             recorded=[
-                jnp.broadcast_to(x, (length, *x.shape))
+                jnp.broadcast_to(x, (*shape, *x.shape))
                 for x in self._recorded_leaves(init_state.solver_state)
             ],
         )
@@ -238,11 +242,12 @@ class Recorder:
             n = state.num_accepted_steps
             steps = lax.cond(
                 ends,
-                lambda: self._flush(record.steps, block, n - block.start),
+                lambda: self._copy(record.steps, block, n),
                 lambda: record.steps,
             )
             block = block._replace(
-                start=jnp.where(ends, n, block.start), is_full=jnp.array(False)
+                num_copied=jnp.where(ends, n, block.num_copied),
+                is_full=jnp.array(False),
             )
             return state, block, record._replace(steps=steps)
 
@@ -253,9 +258,9 @@ class Recorder:
         slots = self._empty_slots(init_state) if has_slots else None
         none = None if slots is None else jnp.array(False)
         block = _Block(
-            start=jnp.asarray(init_state.num_accepted_steps),
-            is_full=jnp.array(False),
             steps=self._empty_steps(init_state, _BLOCK),
+            is_full=jnp.array(False),
+            num_copied=jnp.asarray(init_state.num_accepted_steps),
             t_last=init_state.tprev,
             is_consistent=jnp.array(True),
             wants=none,
@@ -264,7 +269,7 @@ class Recorder:
             state=None if slots is None else _arrays(init_state),
         )
         record = Record(
-            steps=self._empty_steps(init_state, self.length),
+            steps=self._empty_steps(init_state, self._num_rows, _BLOCK),
             slots=slots,
             num_wanted=jnp.array(0),
             # These two are taken from the last block.
@@ -290,11 +295,16 @@ class Recorder:
         index = state.num_accepted_steps
         accepted = new_state.num_accepted_steps > index
 
-        # If the step was rejected then the next one is put into the same place.
-        place = index - block.start
-        times = block.steps.times.at[place].set(state.tnext)
+        # If the step was rejected then the next one is put into the same place. (If it
+        # is none at all then that may be the place of a step that is still needed.)
+        place = index % _BLOCK
+
+        def put(buffer, x):
+            return buffer.at[place].set(where_active(~is_done, x, buffer[place]))
+
+        times = put(block.steps.times, state.tnext)
         recorded = [
-            buffer.at[place].set(x)
+            put(buffer, x)
             for buffer, x in zip(
                 block.steps.recorded, self._recorded_leaves(state.solver_state)
             )
@@ -310,15 +320,14 @@ class Recorder:
             code = bumps | jnp.where(
                 state.made_jump, jnp.uint8(_JUMP_BIT), jnp.uint8(0)
             )
-            jumps = block.steps.jumps.at[place].set(code)
+            jumps = put(block.steps.jumps, code)
         else:
             is_consistent = state.tprev == t
             jumps = None
 
-        count = new_state.num_accepted_steps - block.start
         block = block._replace(
             steps=Steps(times, jumps, recorded),
-            is_full=(count >= _BLOCK) & ~is_done,
+            is_full=accepted & (place == _BLOCK - 1) & ~is_done,
             t_last=jnp.where(accepted, state.tnext, block.t_last),
             is_consistent=block.is_consistent & (is_consistent | ~accepted),
         )
@@ -355,17 +364,18 @@ class Recorder:
             )
         return record._replace(slots=slots, num_wanted=num_wanted)
 
-    def _flush(self, steps: Steps, block: _Block, count: Array) -> Steps:
-        """Copies the first `count` steps of `block`."""
-        places = jnp.arange(_BLOCK)
-        # What is out of bounds is dropped.
-        to = jnp.where(places < count, self._place(block.start + places), self.length)
+    def _copy(self, steps: Steps, block: _Block, num_steps: Array) -> Steps:
+        """Copies the row that the last of `num_steps` steps is in."""
+        # Only if there are new ones. (If the row was full then the place of a rejected
+        # step is that of its first.)
+        is_new = num_steps > block.num_copied
+        row = self._place(jnp.maximum(num_steps - 1, 0)) // _BLOCK
 
         def put(x, buffer):
             # (A buffer again within this loop, but not one to be written to.)
             while not eqx.is_array(x):
                 x = x._array
-            return buffer.at[to].set(x, mode="drop")
+            return eqxi.buffer_at_set(buffer, row, x, pred=is_new)
 
         is_leaf = lambda x: hasattr(x, "at")
         return jtu.tree_map(put, block.steps, steps, is_leaf=is_leaf)
@@ -376,13 +386,17 @@ class Recorder:
 
     def last_time(self, record: Record, num_steps: Array) -> Array:
         """The end of the last of `num_steps` steps."""
-        return record.steps.times[self._place(jnp.maximum(num_steps - 1, 0))]
+        return self._read(record.steps.times, jnp.maximum(num_steps - 1, 0))
+
+    def _read(self, rows: Array, index: Array) -> Array:
+        return rows.reshape(-1, *rows.shape[2:])[self._place(index)]
 
     def first_step(self, num_steps: Array) -> Array:
         """The first step that can be read, if the record was made of `num_steps`."""
-        # One is lost, as reading a step looks at the end of the one before. (And in all
-        # elements of a batch, or those that have more would be read too far.)
-        return jnp.maximum(num_steps - self.length + 1, 0)
+        # In the place of the oldest row is the last, which may not be full. (And one
+        # step is lost, as reading it looks at the end of the one before.) The same for
+        # all elements of a batch, or those that have more would be read too far.
+        return jnp.maximum(num_steps - self.length + _BLOCK, 0)
 
     def replace_steps(self, record: Record, of: Record) -> Record:
         """`record`, with the steps of another."""
@@ -396,12 +410,12 @@ class Recorder:
         # An element of a batch that is done makes its first step again.
         end = jnp.maximum(num_steps, 1)
         numbers = jnp.maximum(end - 1 - jnp.arange(_BLOCK), 0)
-        before = self._place(jnp.maximum(numbers - 1, 0))
-        t_prev = jnp.where(numbers > 0, record.steps.times[before], init_state.tprev)
-        places = self._place(numbers)
+        steps = record.steps
+        before = self._read(steps.times, jnp.maximum(numbers - 1, 0))
+        t_prev = jnp.where(numbers > 0, before, init_state.tprev)
         t0, made_jump = t_prev, False
         if self._has_jumps:
-            code = record.steps.jumps[places]
+            code = self._read(steps.jumps, numbers)
             bumps = code & jnp.uint8(_JUMP_BIT - 1)
             t = t_prev
             for k in range(1, _MAX_BUMPS + 1):
@@ -430,7 +444,7 @@ class Recorder:
             t_prev=t_prev,
             t0=t0,
             made_jump=made_jump,
-            recorded=[x[places] for x in record.steps.recorded],
+            recorded=[self._read(x, numbers) for x in steps.recorded],
             stored_at=stored_at,
             is_slot=is_slot,
             slot=slot,

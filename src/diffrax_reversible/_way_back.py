@@ -357,9 +357,10 @@ class WayBack:
         def compare():
             stored, drift = restored(), self._zero_drift
             if self._check_drift:
-                state1 = (carry.y1, carry.solver_state)
                 drift = distance(
-                    *[self._comparable(*x) for x in (rebuilt, stored, state1)]
+                    self._comparable(*rebuilt),
+                    self._comparable(*stored),
+                    self._comparable(carry.y1, carry.solver_state),
                 )
                 is_active = is_here & (carry.num_steps > 0)
                 drift = jnp.where(is_active & segment.is_undone, drift, 0)
