@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._batch import Batch
 from ._coupling import AbstractCouplingSolver, Registers, StepInfo
 from ._hoist import Hoisted, Hoister, tree_add
 from ._solver.base import AbstractReversibleSolver
@@ -34,16 +35,41 @@ class Functions(NamedTuple):
     # Whether we differentiate with respect to the times of steps.
     times_vary: bool
 
+    # Over which gradients of constants are summed.
+    batch: Batch
+
     def call(self, name: str, *args):
         return self.hoisted.call(name, self.consts, *args)
 
     def vjp(self, name: str, args: tuple, diff_args: tuple):
+        return self.hoisted.vjp(
+            name, self.consts, self.differentiated, args, diff_args, self.batch
+        )
+
+    def vjp_each(self, name: str, args: tuple, diff_args: tuple):
+        """As `vjp`, but leaves it to the caller to sum the gradients of constants over
+        the batch, with `self.batch.sum`: after it has left out those elements whose
+        gradients might not be finite."""
         return self.hoisted.vjp(name, self.consts, self.differentiated, args, diff_args)
 
     def linearise(self, name: str, args: tuple, diff_args: tuple):
-        return self.hoisted.linearise(
-            name, self.consts, self.differentiated, args, diff_args
-        )
+        arguments = (name, self.consts, self.differentiated, args, diff_args)
+        if not self.batch.steps_vary:
+            return self.hoisted.linearise(*arguments, self.batch)
+        # What is carried from step to step must be kept for those elements that are
+        # done: so each has its own.
+        out, residuals, with_residuals = self.hoisted.linearise(*arguments)
+
+        def with_residuals_summed(residuals):
+            pull = with_residuals(residuals)
+
+            def pull_summed(grad):
+                grad_consts, grad_args = pull(grad)
+                return self.batch.sum(grad_consts), grad_args
+
+            return pull_summed
+
+        return out, residuals, with_residuals_summed
 
     def depends(self, name: str) -> bool:
         """Whether the output depends on what we differentiate, its arguments aside."""

@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from . import _save as save, _times as times_
+from ._batch import Batch, find_batch, mark_batch
 from ._compat import is_save_state, is_sub_save_at
 from ._controlled import precision
 from ._drift import all_finite, check_drift, distance
@@ -68,6 +69,7 @@ def outer_while_loop(
     checkpoints,
     checkpoint_every,
     drift_tolerance,
+    sum_over_batch,
     passed_solver_state,
     num_checkpoints,
 ):
@@ -121,8 +123,12 @@ def outer_while_loop(
     times = times_.Times(
         init_state.tprev, t1, tuple(sub.ts for sub in subs), controller
     )
+    inputs = _Inputs(init_state, times, without_tangents(consts), unknown, None)
+    inputs = reverse_only(inputs)
+    if sum_over_batch:
+        inputs = inputs._replace(mark=mark_batch(inputs))
     final_state, n = _loop(
-        reverse_only(_Inputs(init_state, times, without_tangents(consts), unknown)),
+        inputs,
         hoisted=hoisted,
         num_local=num_local,
         recorder=recorder,
@@ -154,6 +160,8 @@ class _Inputs(NamedTuple):
     consts: tuple[Any, ...]
     # Whatever is in a step size controller that we do not know.
     unknown: PyTree
+    # `None` if gradients are not to be summed over a batch.
+    mark: Any
 
 
 @eqx.filter_custom_vjp
@@ -186,7 +194,13 @@ def _loop_fwd(
         i for i, p in enumerate(perturbed.consts[:num_local]) if p
     )
     wanted = jtu.tree_map(lambda p: p is True, perturbed.times, is_leaf=_is_none)
-    fns = Functions(hoisted, inputs.consts, differentiated, wanted.any_of_steps)
+    fns = Functions(
+        hoisted,
+        inputs.consts,
+        differentiated,
+        wanted.any_of_steps,
+        Batch((), inputs.consts),
+    )
     pullback = pullback.choose(fns, perturbed.init_state.solver_state)
     final_state, record = hoisted.call("run", inputs.consts, inputs.init_state)
     ends = _Ends(
@@ -255,14 +269,15 @@ def _loop_bwd(
     **kwargs,
 ):
     del perturbed, kwargs
-    init_state, times, consts, unknown = inputs
+    init_state, times, consts, unknown, mark = inputs
     ends, record, differentiated, wanted, pullback = residuals
     ends: _Ends
     record: Record
     grad_final_state, _ = grad_out
     del inputs, residuals, grad_out
     times_vary = wanted.any_of_steps
-    fns = Functions(hoisted, consts, differentiated, times_vary)
+    batch = find_batch(mark, ends.num_steps, consts)
+    fns = Functions(hoisted, consts, differentiated, times_vary, batch)
     grad_saves = jtu.tree_leaves(grad_final_state.save_state, is_leaf=is_save_state)
     grad_ys = [None if save.is_zero(s.ys) else s.ys for s in grad_saves]
     grad_dense_infos = _none_if_zero(grad_final_state.dense_infos)
@@ -559,6 +574,7 @@ def _loop_bwd(
         grad_times,
         tuple(grad_consts.get(i) for i in range(len(consts))),
         jtu.tree_map(lambda _: None, unknown),
+        None,
     )
 
 

@@ -66,16 +66,17 @@ def pull_steps(fns: Functions, i: int, saved, t, y, grad_ys, index: Saved):
 
     def pull():
         if fns.times_vary:
-            _, pull_fn = fns.vjp(f"save_steps_{i}", (), (t, y))
+            _, pull_fn = fns.vjp_each(f"save_steps_{i}", (), (t, y))
             new_consts, (grad_t, grad_y) = pull_fn(index.last(grad_ys))
         else:
-            _, pull_fn = fns.vjp(f"save_steps_{i}", (t,), (y,))
+            _, pull_fn = fns.vjp_each(f"save_steps_{i}", (t,), (y,))
             new_consts, (grad_y,) = pull_fn(index.last(grad_ys))
             grad_t = jnp.zeros_like(t)
-        return jtu.tree_map(
+        new_consts, grad_t, grad_y = jtu.tree_map(
             lambda g: jnp.where(saved, g, jnp.zeros_like(g)),
             (new_consts, grad_t, grad_y),
         )
+        return fns.batch.sum(new_consts), grad_t, grad_y
 
     return lax.cond(
         eqxi.unvmap_any(saved),
@@ -127,6 +128,8 @@ def pull_ts(
         if has_ys:
             new, grad_t = pull(jnp.where(saved, t, step.t1), index)
             new = jtu.tree_map(lambda g: where_active(saved, g, jnp.zeros_like(g)), new)
+            new_consts, *others = new
+            new = (fns.batch.sum(new_consts), *others)
             grads = jtu.tree_map(jnp.add, grads, new)
         if grad_ts is not None:
             if grad_saved.ts is not None:
@@ -139,10 +142,10 @@ def pull_ts(
     def pull(t, index):
         times = (step.t0, step.t1, t)
         if times_vary:
-            _, pull_fn = fns.vjp(f"save_ts_{i}", (), (*times, dense_info))
+            _, pull_fn = fns.vjp_each(f"save_ts_{i}", (), (*times, dense_info))
             consts, (t0, t1, t, info) = pull_fn(index.last(grad_saved.ys))
             return (consts, info, t0, t1), t
-        _, pull_fn = fns.vjp(f"save_ts_{i}", times, (dense_info,))
+        _, pull_fn = fns.vjp_each(f"save_ts_{i}", times, (dense_info,))
         consts, (info,) = pull_fn(index.last(grad_saved.ys))
         zero = jnp.zeros_like(t)
         return (consts, info, zero, zero), zero
