@@ -86,7 +86,7 @@ def _total(loss, axes=(None, 0, 0), **kwargs):
     [
         (dfxr.UReversible(diffrax.Tsit5(), 0.999), CONSTANT, _end),
         (RK, PID, _function),
-        (HEUN, CONSTANT, _times),
+        (HEUN, CONSTANT, _function),
         # What is carried from step to step is selected for each element.
         (HEUN, PID, _function),
         (GenericLeapfrog(), CONSTANT, _times),

@@ -65,8 +65,8 @@ class Level(NamedTuple):
     name: Any
     # Which of the constants.
     is_batched: tuple[bool, ...]
-    # Whether its elements make different numbers of steps.
-    steps_vary: bool
+    # Whether its elements may make different steps, or save at different times.
+    steps_differ: bool
 
 
 class _Found:
@@ -79,26 +79,29 @@ class _Found:
 
 _levels_p = jex.core.Primitive("diffrax_reversible_levels")
 _levels_p.multiple_results = True
-_levels_p.def_impl(lambda *xs, found: [])
-_levels_p.def_abstract_eval(lambda *xs, found: [])
+_levels_p.def_impl(lambda *xs, **kwargs: [])
+_levels_p.def_abstract_eval(lambda *xs, **kwargs: [])
 mlir.register_lowering(
-    _levels_p, mlir.lower_fun(lambda *xs, found: [], multiple_results=True)
+    _levels_p, mlir.lower_fun(lambda *xs, **kwargs: [], multiple_results=True)
 )
-ad.primitive_jvps[_levels_p] = lambda xs, _, found: ([], [])
+ad.primitive_jvps[_levels_p] = lambda xs, _, **kwargs: ([], [])
 
 
-def _find_level(axis_data, xs, dims, found):
-    is_marked, steps_vary, *is_batched = (d is not None for d in dims)
+def _find_level(axis_data, xs, dims, *, found, num_consts):
+    is_batched = tuple(d is not None for d in dims)
+    is_marked, consts, steps = (
+        is_batched[0],
+        is_batched[1 : num_consts + 1],
+        is_batched[num_consts + 1 :],
+    )
     if found.levels is not None:
         if is_marked:
             size, name = axis_data.size, axis_data.name
-            found.levels.append(
-                Level(found.mark, size, name, tuple(is_batched), steps_vary)
-            )
+            found.levels.append(Level(found.mark, size, name, consts, any(steps)))
         # As it is outside of this level.
         found.mark = xs[0]
     # Outwards.
-    _levels_p.bind(*xs, found=found)
+    _levels_p.bind(*xs, found=found, num_consts=num_consts)
     return [], []
 
 
@@ -154,8 +157,8 @@ class Batch(NamedTuple):
     consts: tuple[Any, ...]
 
     @property
-    def steps_vary(self) -> bool:
-        return any(level.steps_vary for level in self.levels)
+    def steps_differ(self) -> bool:
+        return any(level.steps_differ for level in self.levels)
 
     def whole(self, tree: PyTree) -> PyTree:
         """All elements of the batch, along leading axes."""
@@ -192,7 +195,7 @@ class Batch(NamedTuple):
         for level in self.levels:
             axes = [0 if level.is_batched[i] else None for i in indices]
             # For collective operations, if elements make each step together.
-            name = None if level.steps_vary else level.name
+            name = None if level.steps_differ else level.name
             fn = jax.vmap(fn, in_axes=(axes, 0), axis_name=name, axis_size=level.size)
         return fn
 
@@ -201,13 +204,15 @@ def _whole(level: Level, x: Array) -> Array:
     return _whole_p.bind(level.mark, x, size=level.size)
 
 
-def find_batch(mark: Any, num_steps: Any, consts: Sequence[Any]) -> Batch:
-    """To be called in the backward pass, with the `mark` made before the forward one,
-    (`None` if there is nothing to be summed), and the constants."""
+def find_batch(mark: Any, consts: Sequence[Any], steps: PyTree) -> Batch:
+    """To be called in the backward pass, with the `mark` made before the forward one
+    (`None` if there is nothing to be summed), the constants, and that on which it
+    depends which steps there are, and what was saved in them."""
     if mark is None:
         return Batch((), tuple(consts))
     found = _Found(mark)
-    _levels_p.bind(mark, num_steps, *consts, found=found)
+    steps = jtu.tree_leaves(eqx.filter(steps, eqx.is_array))
+    _levels_p.bind(mark, *consts, *steps, found=found, num_consts=len(consts))
     levels = found.levels
     assert levels is not None
     # If this has become part of a program then that must not hold on to tracers, nor

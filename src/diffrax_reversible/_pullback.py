@@ -23,6 +23,7 @@ from ._batch import Batch
 from ._coupling import AbstractCouplingSolver, Registers, StepInfo
 from ._hoist import Hoisted, Hoister, tree_add
 from ._solver.base import AbstractReversibleSolver
+from ._vmap import where_active
 
 
 class Functions(NamedTuple):
@@ -46,15 +47,31 @@ class Functions(NamedTuple):
             name, self.consts, self.differentiated, args, diff_args, self.batch
         )
 
-    def vjp_each(self, name: str, args: tuple, diff_args: tuple):
-        """As `vjp`, but leaves it to the caller to sum the gradients of constants over
-        the batch, with `self.batch.sum`: after it has left out those elements whose
-        gradients might not be finite."""
-        return self.hoisted.vjp(name, self.consts, self.differentiated, args, diff_args)
+    def vjp_where(self, where, name: str, args: tuple, diff_args: tuple):
+        """As `vjp`, for those elements of a batch of which `where` is true. For others
+        the gradient is zero, even if it would not be finite. For one that is in no
+        batch, `where` must be true."""
+
+        def mask(grads):
+            return jtu.tree_map(
+                lambda g: where_active(where, g, jnp.zeros_like(g)), grads
+            )
+
+        arguments = (name, self.consts, self.differentiated, args, diff_args)
+        if not self.batch.steps_differ:
+            out, pull = self.hoisted.vjp(*arguments, self.batch)
+            return out, lambda grad: mask(pull(grad))
+        out, pull = self.hoisted.vjp(*arguments)
+
+        def pull_where(grad):
+            grad_consts, grad_args = mask(pull(grad))
+            return self.batch.sum(grad_consts), grad_args
+
+        return out, pull_where
 
     def linearise(self, name: str, args: tuple, diff_args: tuple):
         arguments = (name, self.consts, self.differentiated, args, diff_args)
-        if not self.batch.steps_vary:
+        if not self.batch.steps_differ:
             return self.hoisted.linearise(*arguments, self.batch)
         # What is carried from step to step must be kept for those elements that are
         # done: so each has its own.

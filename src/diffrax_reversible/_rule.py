@@ -276,7 +276,8 @@ def _loop_bwd(
     grad_final_state, _ = grad_out
     del inputs, residuals, grad_out
     times_vary = wanted.any_of_steps
-    batch = find_batch(mark, ends.num_steps, consts)
+    when = (ends.num_steps, ends.tprev, ends.saved, record.steps.times, times.saved)
+    batch = find_batch(mark, consts, when)
     fns = Functions(hoisted, consts, differentiated, times_vary, batch)
     grad_saves = jtu.tree_leaves(grad_final_state.save_state, is_leaf=is_save_state)
     grad_ys = [None if save.is_zero(s.ys) else s.ys for s in grad_saves]

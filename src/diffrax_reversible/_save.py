@@ -12,7 +12,6 @@ from jaxtyping import Array, PyTree
 
 from ._hoist import Hoister, materialise
 from ._pullback import Functions, Step
-from ._vmap import where_active
 
 
 def add_functions(hoister: Hoister, i: int, sub, solver, terms, args, step: Step):
@@ -66,17 +65,13 @@ def pull_steps(fns: Functions, i: int, saved, t, y, grad_ys, index: Saved):
 
     def pull():
         if fns.times_vary:
-            _, pull_fn = fns.vjp_each(f"save_steps_{i}", (), (t, y))
+            _, pull_fn = fns.vjp_where(saved, f"save_steps_{i}", (), (t, y))
             new_consts, (grad_t, grad_y) = pull_fn(index.last(grad_ys))
         else:
-            _, pull_fn = fns.vjp_each(f"save_steps_{i}", (t,), (y,))
+            _, pull_fn = fns.vjp_where(saved, f"save_steps_{i}", (t,), (y,))
             new_consts, (grad_y,) = pull_fn(index.last(grad_ys))
             grad_t = jnp.zeros_like(t)
-        new_consts, grad_t, grad_y = jtu.tree_map(
-            lambda g: jnp.where(saved, g, jnp.zeros_like(g)),
-            (new_consts, grad_t, grad_y),
-        )
-        return fns.batch.sum(new_consts), grad_t, grad_y
+        return new_consts, grad_t, grad_y
 
     return lax.cond(
         eqxi.unvmap_any(saved),
@@ -105,7 +100,8 @@ def pull_ts(
     gradient of the host's `SaveState`. Returns the new `index`, `grad_consts`,
     `grad_ts` and `grad_dense_info`, and the gradients of `step.t0` and `step.t1`."""
     has_ys = not is_zero(grad_saved.ys)
-    used = [j for j in fns.hoisted.uses(f"save_ts_{i}") if j in fns.differentiated]
+    name = f"save_ts_{i}"
+    used = [j for j in fns.hoisted.uses(name) if j in fns.differentiated]
     if has_ys:
         grad_dense_info = materialise(
             grad_dense_info, eqx.filter(dense_info, eqx.is_inexact_array)
@@ -126,10 +122,7 @@ def pull_ts(
         t, saved = last(index.ts_index)
         grad_t = jnp.zeros_like(t)
         if has_ys:
-            new, grad_t = pull(jnp.where(saved, t, step.t1), index)
-            new = jtu.tree_map(lambda g: where_active(saved, g, jnp.zeros_like(g)), new)
-            new_consts, *others = new
-            new = (fns.batch.sum(new_consts), *others)
+            new, grad_t = pull(saved, jnp.where(saved, t, step.t1), index)
             grads = jtu.tree_map(jnp.add, grads, new)
         if grad_ts is not None:
             if grad_saved.ts is not None:
@@ -139,13 +132,13 @@ def pull_ts(
         one = jnp.where(saved, 1, 0)
         return Saved(index.ts_index - one, index.index - one), grad_ts, grads
 
-    def pull(t, index):
+    def pull(saved, t, index):
         times = (step.t0, step.t1, t)
         if times_vary:
-            _, pull_fn = fns.vjp_each(f"save_ts_{i}", (), (*times, dense_info))
+            _, pull_fn = fns.vjp_where(saved, name, (), (*times, dense_info))
             consts, (t0, t1, t, info) = pull_fn(index.last(grad_saved.ys))
             return (consts, info, t0, t1), t
-        _, pull_fn = fns.vjp_each(f"save_ts_{i}", times, (dense_info,))
+        _, pull_fn = fns.vjp_where(saved, name, times, (dense_info,))
         consts, (info,) = pull_fn(index.last(grad_saved.ys))
         zero = jnp.zeros_like(t)
         return (consts, info, zero, zero), zero
