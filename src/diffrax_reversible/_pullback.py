@@ -70,23 +70,9 @@ class Functions(NamedTuple):
         return out, pull_where
 
     def linearise(self, name: str, args: tuple, diff_args: tuple):
-        arguments = (name, self.consts, self.differentiated, args, diff_args)
-        if not self.batch.steps_differ:
-            return self.hoisted.linearise(*arguments, self.batch)
-        # What is carried from step to step must be kept for those elements that are
-        # done: so each has its own.
-        out, residuals, with_residuals = self.hoisted.linearise(*arguments)
-
-        def with_residuals_summed(residuals):
-            pull = with_residuals(residuals)
-
-            def pull_summed(grad):
-                grad_consts, grad_args = pull(grad)
-                return self.batch.sum(grad_consts), grad_args
-
-            return pull_summed
-
-        return out, residuals, with_residuals_summed
+        return self.hoisted.linearise(
+            name, self.consts, self.differentiated, args, diff_args, self.batch
+        )
 
     def depends(self, name: str) -> bool:
         """Whether the output depends on what we differentiate, its arguments aside."""

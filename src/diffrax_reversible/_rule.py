@@ -448,7 +448,9 @@ def _loop_bwd(
             t_after=t0,
             y1=keep(unfinished, rebuilt.y0, carry.y1),
             solver_state=keep(unfinished, rebuilt.solver_state, carry.solver_state),
-            pullback=keep(unfinished, new_pullback, carry.pullback),
+            # Of a batch it is one whole. An element that is done has what belongs to
+            # its start here, and pulls back zero through it.
+            pullback=new_pullback,
             saved=new_saved,
             grad_y1=keep(active, grads.y0, carry.grad_y1),
             grad_solver_state=keep(active, grads.solver_state, carry.grad_solver_state),
