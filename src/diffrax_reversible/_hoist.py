@@ -37,6 +37,10 @@ class Hoisted:
     def __contains__(self, name: str) -> bool:
         return name in self._functions
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._functions)
+
     def uses(self, name: str) -> tuple[int, ...]:
         """Which of the constants a function uses."""
         _, _, indices = self._functions[name]

@@ -51,23 +51,45 @@ class Functions(NamedTuple):
         """As `vjp`, for those elements of a batch of which `where` is true. For others
         the gradient is zero, even if it would not be finite. For one that is in no
         batch, `where` must be true."""
-
-        def mask(grads):
-            return jtu.tree_map(
-                lambda g: where_active(where, g, jnp.zeros_like(g)), grads
-            )
-
-        arguments = (name, self.consts, self.differentiated, args, diff_args)
-        if not self.batch.steps_differ:
-            out, pull = self.hoisted.vjp(*arguments, self.batch)
-            return out, lambda grad: mask(pull(grad))
-        out, pull = self.hoisted.vjp(*arguments)
+        each = self.batch.steps_differ
+        out, pull = self.hoisted.vjp(
+            name,
+            self.consts,
+            self.differentiated,
+            args,
+            diff_args,
+            # For the batch as a whole, what is not finite could not be left out.
+            None if each else self.batch,
+        )
 
         def pull_where(grad):
-            grad_consts, grad_args = mask(pull(grad))
-            return self.batch.sum(grad_consts), grad_args
+            grad_consts, grad_args = jtu.tree_map(
+                lambda g: where_active(where, g, jnp.zeros_like(g)), pull(grad)
+            )
+            if each:
+                grad_consts = {~i: g for i, g in grad_consts.items()}
+            return grad_consts, grad_args
 
         return out, pull_where
+
+    def numbers_where(self, name: str) -> list[int]:
+        """Of the gradients of constants that `vjp_where` gives: `i`, or `~i` for one
+        that is yet to be summed over the batch."""
+        used = self.differentiated.intersection(self.hoisted.uses(name))
+        return [~i if self.batch.steps_differ else i for i in sorted(used)]
+
+    def zero_consts(self, names_where: Sequence[str]) -> dict[int, Any]:
+        """For the sum of all gradients of constants. `names_where` are the functions
+        with which `vjp_where` is called."""
+        numbers = set(self.differentiated)
+        for name in names_where:
+            numbers.update(self.numbers_where(name))
+        return {i: jnp.zeros_like(self.consts[max(i, ~i)]) for i in sorted(numbers)}
+
+    def sum_consts(self, grads: dict[int, Any]) -> dict[int, Any]:
+        """The gradients of constants, from the sum of all that were given."""
+        each = self.batch.sum({~i: g for i, g in grads.items() if i < 0})
+        return {i: tree_add(g, each.get(i)) for i, g in grads.items() if i >= 0}
 
     def linearise(self, name: str, args: tuple, diff_args: tuple):
         return self.hoisted.linearise(

@@ -494,7 +494,7 @@ def _loop_bwd(
             grad_final_state.solver_state,
             eqx.filter(ends.solver_state, eqx.is_inexact_array),
         ),
-        grad_consts={i: jnp.zeros_like(consts[i]) for i in sorted(differentiated)},
+        grad_consts=fns.zero_consts(save.function_names(hoisted)),
         grad_times=grad_times,
         drift=zero_drift,
     )
@@ -535,8 +535,8 @@ def _loop_bwd(
         carry = walk(carry, record, 0)
         is_repeated = True
 
-    grads = (carry.grad_y1, carry.grad_solver_state, carry.grad_consts)
-    grads = (*grads, carry.grad_times)
+    grads = (carry.grad_y1, carry.grad_solver_state)
+    grads = (*grads, fns.sum_consts(carry.grad_consts), carry.grad_times)
     if event_is_lost is not None:
         grads = eqx.error_if(
             grads,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._hoist import Hoister, materialise
+from ._hoist import Hoisted, Hoister, materialise
 from ._pullback import Functions, Step
 
 
@@ -37,6 +37,11 @@ def add_functions(hoister: Hoister, i: int, sub, solver, terms, args, step: Step
         hoister.add(
             f"save_steps_{i}", lambda t, y: sub.fn(t, y, args), step.t0, step.y1
         )
+
+
+def function_names(hoisted: Hoisted) -> list[str]:
+    """Those of the functions that were added here."""
+    return [name for name in hoisted.names if name.startswith("save_")]
 
 
 class Saved(NamedTuple):
@@ -101,7 +106,6 @@ def pull_ts(
     `grad_ts` and `grad_dense_info`, and the gradients of `step.t0` and `step.t1`."""
     has_ys = not is_zero(grad_saved.ys)
     name = f"save_ts_{i}"
-    used = [j for j in fns.hoisted.uses(name) if j in fns.differentiated]
     if has_ys:
         grad_dense_info = materialise(
             grad_dense_info, eqx.filter(dense_info, eqx.is_inexact_array)
@@ -144,7 +148,7 @@ def pull_ts(
         return (consts, info, zero, zero), zero
 
     zero = jnp.zeros_like(step.t0)
-    own_consts = {j: grad_consts[j] for j in used}
+    own_consts = {j: grad_consts[j] for j in fns.numbers_where(name)}
     grads = (own_consts, grad_dense_info, zero, zero)
     index, grad_ts, grads = lax.while_loop(cond_fun, body_fun, (index, grad_ts, grads))
     own_consts, grad_dense_info, grad_t0, grad_t1 = grads
