@@ -133,7 +133,8 @@ def outer_while_loop(
         num_local=num_local,
         recorder=recorder,
         pullback=pullback,
-        steps=tuple(sub.steps for sub in subs),
+        # (A boolean in diffrax 0.7.0.)
+        steps=tuple(int(sub.steps) for sub in subs),
         drift_tolerance=drift_tolerance,
         passed_solver_state=passed_solver_state,
     )
