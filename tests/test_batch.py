@@ -11,6 +11,7 @@ import lineax as lx
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible._batch import find_batch, mark_batch
 
 from .helpers import GenericLeapfrog, relative_difference
 from .test_counts import Counter
@@ -59,9 +60,9 @@ def _times(w):
     return diffrax.SaveAt(ts=jnp.array([0.0, 0.1, 0.5, 0.55]))
 
 
-# Which closes over a parameter.
+# Which closes over a parameter, and has one that the vector field has too.
 def _function(w):
-    fn = lambda t, y, args: jnp.sin(w @ y)
+    fn = lambda t, y, args: jnp.sin(args["w"] @ w @ y)
     return diffrax.SaveAt(ts=jnp.array([0.1, 0.5]), steps=True, fn=fn)
 
 
@@ -105,6 +106,42 @@ def test_sum(solver, controller, saveat):
         assert relative_difference(per_example(W, Y0, S), each) < TOL
 
 
+def _sum(*axes):
+    return lambda fn: lambda *x: jnp.sum(jax.vmap(fn, axes)(*x))
+
+
+@pytest.mark.parametrize(
+    "nesting,expected",
+    [
+        (lambda fn: jax.vmap(jax.grad(fn)), []),
+        (lambda fn: jax.grad(_sum(0)(fn)), [3]),
+        (lambda fn: jax.vmap(jax.grad(_sum(0)(fn))), [2]),
+        (lambda fn: jax.grad(_sum(0)(_sum(0)(fn))), [2, 3]),
+        (lambda fn: jax.vmap(lambda x: jax.jvp(jax.grad(fn), (x,), (x,))), []),
+        (lambda fn: lambda x: jax.jvp(jax.grad(_sum(0)(fn)), (x,), (x,)), [3]),
+    ],
+)
+@pytest.mark.parametrize("jit", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_mark(nesting, expected, jit):
+    # Those batches are found that are within the derivative, the innermost first. (A
+    # solve is always compiled; so this is of something else.)
+    sizes = []
+
+    @jax.custom_vjp
+    def square(x, mark):
+        return jnp.sum(x**2)
+
+    def bwd(residuals, grad):
+        x, mark = residuals
+        sizes.append([level.size for level in find_batch(mark, (), ()).levels])
+        return 2 * x * grad, None
+
+    square.defvjp(lambda x, mark: (jnp.sum(x**2), (x, mark)), bwd)
+    fn = jit(lambda x: square(x, mark_batch(x)))
+    nesting(fn)(jnp.ones((3, 2)))
+    assert sizes[-1] == expected
+
+
 #
 # All nestings of batches, derivatives and others, with one solve
 #
@@ -124,6 +161,11 @@ def table():
 
 def _nested(loss):
     return _total(_total(loss), (0, None, None))
+
+
+def _in_a_loop(*x, fn=_plain):
+    add = lambda total, _: (total + fn(*x), None)
+    return jax.lax.scan(add, 0.0, length=1)[0]
 
 
 def _sum_all(table):
@@ -179,15 +221,8 @@ NESTINGS = {
     ),
     "compiled within": _of_one(_total(jax.jit(_plain)), jax.jit),
     "checkpoint": _of_one(_total(jax.checkpoint(_plain)), jax.checkpoint),
-    "in a loop": _of_one(
-        lambda *x: jax.lax.scan(
-            lambda c, _: (c + _total(_plain)(*x), None), 0.0, length=1
-        )[0]
-    ),
-    "only parameters": (
-        lambda: jax.jit(jax.grad(_total(_plain)))(W, Y0, S),
-        lambda t: jnp.sum(t[0][0], 0),
-    ),
+    "in a loop": _of_one(ft.partial(_in_a_loop, fn=_total(_plain))),
+    "loops in a batch": _of_one(_total(_in_a_loop)),
     "no parameters": (
         lambda: jax.jit(jax.grad(_total(_plain), 1))(W, Y0, S),
         lambda t: t[1][0],
