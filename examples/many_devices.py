@@ -3,8 +3,8 @@
 What is shown is data parallelism. The batch is split over all devices of a mesh, by
 `jax.sharding`, and the parameters are on each of them. There is nothing in the solve
 that knows of this: JAX splits the computation where the data are split, and adds up the
-gradients. So each device holds the reversible solver's state for its own trajectories,
-and no memory for their steps.
+gradients, once in each step of training. So each device holds the reversible solver's
+state for its own trajectories, and no memory for their steps.
 
 The trajectories are those of damped oscillators, with noise in their observations. At
 the start the gradient of all of the data is computed on a single device as well. The
@@ -60,7 +60,9 @@ class NeuralODE(eqx.Module):
             dt0=0.1,
             y0=y0,
             saveat=diffrax.SaveAt(ts=jnp.asarray(TS)),
-            adjoint=ReversibleAdjoint(),
+            # Each device keeps the gradient of the parameters for each of its own
+            # trajectories. Summed in every step, they would be exchanged in every step.
+            adjoint=ReversibleAdjoint(sum_over_batch=False),
             max_steps=64,
         )
         assert sol.ys is not None

@@ -23,7 +23,7 @@ class Counter:
     """A vector field that counts how often it is evaluated and pulled back, when it is
     run, not when it is traced."""
 
-    def __init__(self):
+    def __init__(self, vmap_method=None):
         self.evaluations = 0
         self.pullbacks = 0
 
@@ -32,7 +32,9 @@ class Counter:
                 setattr(self, name, getattr(self, name) + 1)
                 return np.zeros_like(y)
 
-            return lambda y: y + jax.pure_callback(callback, y, y)
+            return lambda y: (
+                y + jax.pure_callback(callback, y, y, vmap_method=vmap_method)
+            )
 
         # Its derivative is made of its value, so that no evaluation is unused.
         @jax.custom_vjp

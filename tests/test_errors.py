@@ -12,6 +12,7 @@ import pytest
 
 import diffrax_reversible as dfxr
 from diffrax_reversible import _coupling, _drift, _record
+from diffrax_reversible._adjoint import _check_sum_over_batch
 from diffrax_reversible._solver.asynchronous_leapfrog import _check_damping
 from diffrax_reversible._solver.u_reversible import _check_coupling_parameter
 
@@ -497,6 +498,8 @@ PROVOKED = {
     "(drift_tolerance=...)` must be": lambda: dfxr.ReversibleAdjoint(
         drift_tolerance=-1.0
     ),
+    # (Not by the class, of which the tests check the annotations.)
+    "`ReversibleAdjoint(sum_over_batch=...)` must be": lambda: _check_sum_over_batch(1),
     "needs a subclass of `diffrax.AbstractSolver`": lambda: dfxr.register_reversible(
         int, lambda x: x
     ),
@@ -504,7 +507,6 @@ PROVOKED = {
         interpolation="cubic"
     ),
     "`StormerVerlet(form=...)` must be": lambda: dfxr.StormerVerlet("leapfrog"),
-    # (Not by the class, of which the tests check the annotations.)
     "`AsynchronousLeapfrog(damping=...)` must be a number": lambda: _check_damping(
         None
     ),

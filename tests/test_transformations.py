@@ -1,6 +1,7 @@
 """Transformations of JAX, around a solve and within it."""
 
 import functools as ft
+import inspect
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ import diffrax_reversible as dfxr
 
 from .derivatives import ADJOINT, agree
 from .helpers import relative_difference
+from .test_counts import _loop_bodies
 from .test_gradient import TOL, weighted_sum
 
 
@@ -437,14 +439,15 @@ def test_many_devices():
         # itself does not work.
         mesh = Mesh(np.array(jax.devices()), ("x",))
 
-        def loss(solver, controller, w, y0):
+        def loss(solver, controller, w, y0, sum_over_batch=True):
             def one(y0):
                 sol = diffrax.diffeqsolve(
                     diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
                     solver, 0.0, 1.0, 0.2, y0, w,
                     saveat=diffrax.SaveAt(ts=jnp.array([0.3, 1.0])),
                     stepsize_controller=controller,
-                    adjoint=dfxr.ReversibleAdjoint(), max_steps=32,
+                    adjoint=dfxr.ReversibleAdjoint(sum_over_batch=sum_over_batch),
+                    max_steps=32,
                 )
                 return jnp.sum(jnp.sin(sol.ys))
             return jnp.sum(jax.vmap(one)(y0))
@@ -480,12 +483,22 @@ def test_many_devices():
             gw, gy = mapped(w, y0)
             assert jnp.max(jnp.abs(jnp.sum(gw, 0) - expected[0])) < 1e-10
             assert jnp.max(jnp.abs(gy - expected[1])) < 1e-10
+
+        # (With the last of them, of which all elements make the same steps.)
+        for sum_over_batch in (True, False):
+            gradient = jax.grad(ft.partial(
+                loss, solver, controller, sum_over_batch=sum_over_batch
+            ))
+            hlo = jax.jit(gradient, in_shardings=(whole, split)).lower(w, y0)
+            bodies = list(_loop_bodies(hlo.compile().as_text()))
+            assert any("all-reduce(" in body for body in bodies) == sum_over_batch
         print("done")
     """
     # What is replicated is for the user to say; the argument was renamed in JAX 0.6.
     script = textwrap.dedent(script)
     check = "check_vma" if hasattr(jax, "shard_map") else "check_rep"
     script = script.replace("**CHECK", f"{check}=False")
+    script = f"import re\n{inspect.getsource(_loop_bodies)}\n{script}"
     env = dict(os.environ)
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     env["JAX_PLATFORMS"] = "cpu"

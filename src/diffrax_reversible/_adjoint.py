@@ -25,7 +25,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     byte if the step size controller may report jumps, and whatever
     [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects: for
     [`diffrax_reversible.UReversible`][] one byte.) The record of times is shared by the
-    elements of a batch, under `jax.vmap`, if they make the same steps.
+    elements of a batch, under `jax.vmap`, if they make the same steps. And so is the
+    gradient of what the elements share, under `jax.grad` of `jax.vmap`.
 
     Undoing a step may amplify rounding errors, as where the solution contracts. So
     there are a fixed number of checkpoints, for a solver to ask for; and wherever the
@@ -77,6 +78,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     checkpoints: int | Literal["auto"] = "auto"
     checkpoint_every: int | None = None
     drift_tolerance: float | int | Literal["auto"] | None = "auto"
+    sum_over_batch: bool | Literal["auto"] = "auto"
 
     def __check_init__(self):
         n = self.checkpoints
@@ -93,6 +95,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 f"or `None`; got {self.checkpoint_every}."
             )
         check_tolerance("ReversibleAdjoint", self.drift_tolerance)
+        _check_sum_over_batch(self.sum_over_batch)
 
     def loop(
         self,
@@ -133,6 +136,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             checkpoints=_num_slots(self.checkpoints, init_state.y),
             checkpoint_every=self.checkpoint_every,
             drift_tolerance=self.drift_tolerance,
+            sum_over_batch=self.sum_over_batch,
             passed_solver_state=passed_solver_state,
             num_checkpoints=num_checkpoints,
         )
@@ -170,12 +174,23 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     square). `"auto"` is 1e-5, or 6e-5 if any part of `y` is in single precision (or
     less). It is the *state* that is looked at: the gradient may be better or worse,
     usually by no more than a factor of 50. With `None` nothing is checked.
+- `sum_over_batch`: Under `jax.grad` of `jax.vmap` gradients are summed over the batch
+    where they are of what its elements share, as parameters are. If `True` that is done
+    in every step of the backward pass: it takes the memory of one gradient, and not of
+    one for each element, and products of matrices take the place of outer products. If
+    `False` it is done once, after it, which is faster for few parameters. `"auto"` is
+    `True` if there are more than 16 parameters for each number in `y`. Use `False` if
+    `jax.jit` splits the batch over several devices, by the shardings of its arguments:
+    or else the devices exchange their sums in every step. (With `jax.shard_map` each
+    sums its own part, and with `jax.vmap(..., spmd_axis_name=...)` it is `False` of
+    itself.)
 
 **Raises:**
 
 - `ValueError` if `checkpoints` is not a nonnegative integer or `"auto"`,
-    `checkpoint_every` not a positive one or `None`, or `drift_tolerance` not a positive
-    number, `"auto"` or `None`.
+    `checkpoint_every` not a positive one or `None`, `drift_tolerance` not a positive
+    number, `"auto"` or `None`, or `sum_over_batch` not a boolean
+    or `"auto"`.
 """
 
 
@@ -184,6 +199,14 @@ def _num_slots(checkpoints: int | Literal["auto"], y: PyTree) -> int:
         # With less precision more of them are needed; the memory is the same.
         return 64 if float(precision(y).eps) < 1e-12 else 128
     return checkpoints
+
+
+def _check_sum_over_batch(value) -> None:
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError(
+            "`ReversibleAdjoint(sum_over_batch=...)` must be `True`, `False`, or "
+            f'"auto"; got {value}.'
+        )
 
 
 def _is_integer(x):

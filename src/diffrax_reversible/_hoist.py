@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._batch import Batch
+
 
 Pull: TypeAlias = Callable[[PyTree], tuple[dict[int, Any], Any]]
 
@@ -34,6 +36,10 @@ class Hoisted:
 
     def __contains__(self, name: str) -> bool:
         return name in self._functions
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._functions)
 
     def uses(self, name: str) -> tuple[int, ...]:
         """Which of the constants a function uses."""
@@ -54,15 +60,17 @@ class Hoisted:
         differentiated: frozenset[int],
         args: tuple[Any, ...],
         diff_args: tuple[PyTree, ...],
+        batch: Batch | None = None,
     ) -> tuple[Any, Pull]:
         """Calls `function(*args, *diff_args)`.
 
         Returns the output and a function that pulls a cotangent of its inexact arrays
         (`None` for zero) back to gradients of the `differentiated` constants that the
-        function uses, by number, and of `diff_args`.
+        function uses, by number, and of `diff_args`. With a `batch` the gradients of
+        constants are summed over it; what is done if they are not batched.
         """
         out, residuals, with_residuals = self.linearise(
-            name, consts, differentiated, args, diff_args
+            name, consts, differentiated, args, diff_args, batch
         )
         return out, with_residuals(residuals)
 
@@ -73,30 +81,50 @@ class Hoisted:
         differentiated: frozenset[int],
         args: tuple[Any, ...],
         diff_args: tuple[PyTree, ...],
+        batch: Batch | None = None,
     ) -> tuple[Any, list[Any], Callable[[list[Any]], Pull]]:
         """As `vjp`, but gives the pullback in two parts: the arrays that it needs
         besides the constants, and how to make it from them. The arrays may be carried
         through a loop, for all calls with arguments of the same structure, shapes and
-        dtypes give the same second part.
+        dtypes give the same second part. With a `batch` they are those of all of it.
         """
         indices = self.uses(name)
         which = [k for k, i in enumerate(indices) if i in differentiated]
-        own = [consts[i] for i in indices]
+        if batch is None or len(which) == 0:
+            # Then there is nothing to be summed.
+            batch = Batch((), tuple(consts))
+        own = [batch.consts[i] for i in indices]
         dynamic, fixed = eqx.partition(diff_args, eqx.is_inexact_array)
+        arrays, static = eqx.partition((args, fixed), eqx.is_array)
+        static_out = []
 
-        def fn(diff_consts, dynamic):
-            all_own = list(own)
-            for k, const in zip(which, diff_consts):
-                all_own[k] = const
+        def fn(all_own, dynamic__arrays):
+            dynamic, arrays = dynamic__arrays
+            args, fixed = eqx.combine(arrays, static)
             out = self._bind(name, all_own)(*args, *eqx.combine(dynamic, fixed))
             # A constant among the outputs is no JAX array.
             out = jtu.tree_map(lambda x: jnp.asarray(x) if _is_number(x) else x, out)
-            return eqx.partition(out, eqx.is_inexact_array)
+            out, aux = eqx.partition(out, eqx.is_inexact_array)
+            aux, static_aux = eqx.partition(aux, eqx.is_array)
+            static_out.append(static_aux)
+            return out, aux
 
-        out, pull, aux = jax.vjp(fn, [own[k] for k in which], dynamic, has_aux=True)
+        arrays = batch.whole(arrays)
+        batched_fn = batch.vmap(fn, indices)
+
+        def diff_fn(diff_consts, dynamic):
+            all_own = list(own)
+            for k, const in zip(which, diff_consts):
+                all_own[k] = const
+            return batched_fn(all_own, (dynamic, arrays))
+
+        out, pull, aux = jax.vjp(
+            diff_fn, [own[k] for k in which], batch.whole(dynamic), has_aux=True
+        )
+        out, aux = batch.own((out, aux))
         struct = jax.eval_shape(lambda: out)
         leaves, treedef = jtu.tree_flatten(pull)
-        const_ids = {id(c) for c in consts}
+        const_ids = {id(c) for c in batch.consts}
         is_const = [id(leaf) in const_ids for leaf in leaves]
         residuals = [x for x, skip in zip(leaves, is_const) if not skip]
 
@@ -108,12 +136,16 @@ class Hoisted:
             )
 
             def pullback(grad):
-                grad_consts, grad_args = pull(materialise(grad, struct))
-                return {indices[k]: g for k, g in zip(which, grad_consts)}, grad_args
+                grad_consts, grad_args = pull(batch.whole(materialise(grad, struct)))
+                grad_consts = {
+                    indices[k]: batch.own_const(indices[k], g)
+                    for k, g in zip(which, grad_consts)
+                }
+                return grad_consts, batch.own(grad_args)
 
             return pullback
 
-        return eqx.combine(out, aux), residuals, with_residuals
+        return eqx.combine(out, aux, static_out[-1]), residuals, with_residuals
 
 
 class Hoister:

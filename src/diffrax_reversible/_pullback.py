@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._batch import Batch
 from ._coupling import AbstractCouplingSolver, Registers, StepInfo
 from ._hoist import Hoisted, Hoister, tree_add
 from ._solver.base import AbstractReversibleSolver
+from ._vmap import where_active
 
 
 class Functions(NamedTuple):
@@ -34,15 +36,64 @@ class Functions(NamedTuple):
     # Whether we differentiate with respect to the times of steps.
     times_vary: bool
 
+    # Over which gradients of constants are summed.
+    batch: Batch
+
     def call(self, name: str, *args):
         return self.hoisted.call(name, self.consts, *args)
 
     def vjp(self, name: str, args: tuple, diff_args: tuple):
-        return self.hoisted.vjp(name, self.consts, self.differentiated, args, diff_args)
+        return self.hoisted.vjp(
+            name, self.consts, self.differentiated, args, diff_args, self.batch
+        )
+
+    def vjp_where(self, where, name: str, args: tuple, diff_args: tuple):
+        """As `vjp`, for those elements of a batch of which `where` is true. For others
+        the gradient is zero, even if it would not be finite. For one that is in no
+        batch, `where` must be true."""
+        each = self.batch.steps_differ
+        out, pull = self.hoisted.vjp(
+            name,
+            self.consts,
+            self.differentiated,
+            args,
+            diff_args,
+            # For the batch as a whole, what is not finite could not be left out.
+            None if each else self.batch,
+        )
+
+        def pull_where(grad):
+            grad_consts, grad_args = jtu.tree_map(
+                lambda g: where_active(where, g, jnp.zeros_like(g)), pull(grad)
+            )
+            if each:
+                grad_consts = {~i: g for i, g in grad_consts.items()}
+            return grad_consts, grad_args
+
+        return out, pull_where
+
+    def numbers_where(self, name: str) -> list[int]:
+        """Of the gradients of constants that `vjp_where` gives: `i`, or `~i` for one
+        that is yet to be summed over the batch."""
+        used = self.differentiated.intersection(self.hoisted.uses(name))
+        return [~i if self.batch.steps_differ else i for i in sorted(used)]
+
+    def zero_consts(self, names_where: Sequence[str]) -> dict[int, Any]:
+        """For the sum of all gradients of constants. `names_where` are the functions
+        with which `vjp_where` is called."""
+        numbers = set(self.differentiated)
+        for name in names_where:
+            numbers.update(self.numbers_where(name))
+        return {i: jnp.zeros_like(self.consts[max(i, ~i)]) for i in sorted(numbers)}
+
+    def sum_consts(self, grads: dict[int, Any]) -> dict[int, Any]:
+        """The gradients of constants, from the sum of all that were given."""
+        each = self.batch.sum({~i: g for i, g in grads.items() if i < 0})
+        return {i: tree_add(g, each.get(i)) for i, g in grads.items() if i >= 0}
 
     def linearise(self, name: str, args: tuple, diff_args: tuple):
         return self.hoisted.linearise(
-            name, self.consts, self.differentiated, args, diff_args
+            name, self.consts, self.differentiated, args, diff_args, self.batch
         )
 
     def depends(self, name: str) -> bool:

@@ -368,7 +368,7 @@ class Recorder:
         """Copies the row that the last of `num_steps` steps is in."""
         # Only if there are new ones. (If the row was full then the place of a rejected
         # step is that of its first.)
-        is_new = num_steps > block.num_copied
+        is_new: Any = num_steps > block.num_copied
         row = self._place(jnp.maximum(num_steps - 1, 0)) // _BLOCK
 
         def put(x, buffer):

@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from . import _save as save, _times as times_
+from ._batch import Batch, find_batch, mark_batch
 from ._compat import is_save_state, is_sub_save_at
 from ._drift import all_finite, check_drift
 from ._guard import once_only, reverse_only, without_tangents
@@ -67,6 +68,7 @@ def outer_while_loop(
     checkpoints,
     checkpoint_every,
     drift_tolerance,
+    sum_over_batch,
     passed_solver_state,
     num_checkpoints,
 ):
@@ -120,14 +122,20 @@ def outer_while_loop(
     times = times_.Times(
         init_state.tprev, t1, tuple(sub.ts for sub in subs), controller
     )
+    inputs = _Inputs(init_state, times, without_tangents(consts), unknown, None)
+    inputs = reverse_only(inputs)
+    if sum_over_batch is not False:
+        inputs = inputs._replace(mark=mark_batch(inputs))
     final_state, n = _loop(
-        reverse_only(_Inputs(init_state, times, without_tangents(consts), unknown)),
+        inputs,
         hoisted=hoisted,
         num_local=num_local,
         recorder=recorder,
         pullback=pullback,
-        steps=tuple(sub.steps for sub in subs),
+        # (A boolean in diffrax 0.7.0.)
+        steps=tuple(int(sub.steps) for sub in subs),
         drift_tolerance=drift_tolerance,
+        sum_over_batch=sum_over_batch,
         passed_solver_state=passed_solver_state,
     )
     # Handed to `loop` past the host, which calls this.
@@ -153,6 +161,8 @@ class _Inputs(NamedTuple):
     consts: tuple[Any, ...]
     # Whatever is in a step size controller that we do not know.
     unknown: PyTree
+    # `None` if gradients are not to be summed over a batch.
+    mark: Any
 
 
 @eqx.filter_custom_vjp
@@ -185,7 +195,13 @@ def _loop_fwd(
         i for i, p in enumerate(perturbed.consts[:num_local]) if p
     )
     wanted = jtu.tree_map(lambda p: p is True, perturbed.times, is_leaf=_is_none)
-    fns = Functions(hoisted, inputs.consts, differentiated, wanted.any_of_steps)
+    fns = Functions(
+        hoisted,
+        inputs.consts,
+        differentiated,
+        wanted.any_of_steps,
+        Batch((), inputs.consts),
+    )
     pullback = pullback.choose(fns, perturbed.init_state.solver_state)
     final_state, record = hoisted.call("run", inputs.consts, inputs.init_state)
     ends = Ends(
@@ -214,18 +230,24 @@ def _loop_bwd(
     recorder: Recorder,
     steps,
     drift_tolerance,
+    sum_over_batch,
     passed_solver_state,
     **kwargs,
 ):
     del perturbed, kwargs
-    init_state, times, consts, unknown = inputs
+    init_state, times, consts, unknown, mark = inputs
     ends, record, differentiated, wanted, pullback = residuals
     ends: Ends
     record: Record
     grad_final_state, _ = grad_out
     del inputs, residuals, grad_out
+    if sum_over_batch == "auto" and not _is_worth_a_sum(differentiated, consts, ends.y):
+        mark = None
+    when = (ends.num_steps, ends.tprev, ends.saved, record.steps.times, times.saved)
+    batch = find_batch(mark, consts, when)
+    fns = Functions(hoisted, consts, differentiated, wanted.any_of_steps, batch)
     way_back = WayBack(
-        fns=Functions(hoisted, consts, differentiated, wanted.any_of_steps),
+        fns=fns,
         pullback=pullback,
         recorder=recorder,
         init_state=init_state,
@@ -244,8 +266,8 @@ def _loop_bwd(
     else:
         carry, is_repeated = way_back.walk(carry, record, 0), True
 
-    grads = (carry.grad_y1, carry.grad_solver_state, carry.grad_consts)
-    grads = (*grads, carry.grad_times)
+    grads = (carry.grad_y1, carry.grad_solver_state)
+    grads = (*grads, fns.sum_consts(carry.grad_consts), carry.grad_times)
     event_is_lost = way_back.event_is_lost(record)
     if event_is_lost is not None:
         grads = eqx.error_if(
@@ -287,7 +309,18 @@ def _loop_bwd(
         grad_times,
         tuple(grad_consts.get(i) for i in range(len(consts))),
         jtu.tree_map(lambda _: None, unknown),
+        None,
     )
+
+
+# A sum over a batch makes XLA compute what it is made of once more, unless these are
+# products of matrices; and the gradients of few parameters take little memory.
+_MANY_PARAMETERS = 16
+
+
+def _is_worth_a_sum(differentiated: frozenset[int], consts, y: PyTree) -> bool:
+    num_parameters = sum(jnp.size(consts[i]) for i in differentiated)
+    return num_parameters > _MANY_PARAMETERS * sum(map(jnp.size, jtu.tree_leaves(y)))
 
 
 def _is_none(x):

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._hoist import Hoister, materialise
+from ._hoist import Hoisted, Hoister, materialise
 from ._pullback import Functions, Step
-from ._vmap import where_active
 
 
 def add_functions(hoister: Hoister, i: int, sub, solver, terms, args, step: Step):
@@ -38,6 +37,11 @@ def add_functions(hoister: Hoister, i: int, sub, solver, terms, args, step: Step
         hoister.add(
             f"save_steps_{i}", lambda t, y: sub.fn(t, y, args), step.t0, step.y1
         )
+
+
+def function_names(hoisted: Hoisted) -> list[str]:
+    """Those of the functions that were added here."""
+    return [name for name in hoisted.names if name.startswith("save_")]
 
 
 class Saved(NamedTuple):
@@ -66,16 +70,13 @@ def pull_steps(fns: Functions, i: int, saved, t, y, grad_ys, index: Saved):
 
     def pull():
         if fns.times_vary:
-            _, pull_fn = fns.vjp(f"save_steps_{i}", (), (t, y))
+            _, pull_fn = fns.vjp_where(saved, f"save_steps_{i}", (), (t, y))
             new_consts, (grad_t, grad_y) = pull_fn(index.last(grad_ys))
         else:
-            _, pull_fn = fns.vjp(f"save_steps_{i}", (t,), (y,))
+            _, pull_fn = fns.vjp_where(saved, f"save_steps_{i}", (t,), (y,))
             new_consts, (grad_y,) = pull_fn(index.last(grad_ys))
             grad_t = jnp.zeros_like(t)
-        return jtu.tree_map(
-            lambda g: jnp.where(saved, g, jnp.zeros_like(g)),
-            (new_consts, grad_t, grad_y),
-        )
+        return new_consts, grad_t, grad_y
 
     return lax.cond(
         eqxi.unvmap_any(saved),
@@ -104,7 +105,7 @@ def pull_ts(
     gradient of the host's `SaveState`. Returns the new `index`, `grad_consts`,
     `grad_ts` and `grad_dense_info`, and the gradients of `step.t0` and `step.t1`."""
     has_ys = not is_zero(grad_saved.ys)
-    used = [j for j in fns.hoisted.uses(f"save_ts_{i}") if j in fns.differentiated]
+    name = f"save_ts_{i}"
     if has_ys:
         grad_dense_info = materialise(
             grad_dense_info, eqx.filter(dense_info, eqx.is_inexact_array)
@@ -125,8 +126,7 @@ def pull_ts(
         t, saved = last(index.ts_index)
         grad_t = jnp.zeros_like(t)
         if has_ys:
-            new, grad_t = pull(jnp.where(saved, t, step.t1), index)
-            new = jtu.tree_map(lambda g: where_active(saved, g, jnp.zeros_like(g)), new)
+            new, grad_t = pull(saved, jnp.where(saved, t, step.t1), index)
             grads = jtu.tree_map(jnp.add, grads, new)
         if grad_ts is not None:
             if grad_saved.ts is not None:
@@ -136,19 +136,19 @@ def pull_ts(
         one = jnp.where(saved, 1, 0)
         return Saved(index.ts_index - one, index.index - one), grad_ts, grads
 
-    def pull(t, index):
+    def pull(saved, t, index):
         times = (step.t0, step.t1, t)
         if times_vary:
-            _, pull_fn = fns.vjp(f"save_ts_{i}", (), (*times, dense_info))
+            _, pull_fn = fns.vjp_where(saved, name, (), (*times, dense_info))
             consts, (t0, t1, t, info) = pull_fn(index.last(grad_saved.ys))
             return (consts, info, t0, t1), t
-        _, pull_fn = fns.vjp(f"save_ts_{i}", times, (dense_info,))
+        _, pull_fn = fns.vjp_where(saved, name, times, (dense_info,))
         consts, (info,) = pull_fn(index.last(grad_saved.ys))
         zero = jnp.zeros_like(t)
         return (consts, info, zero, zero), zero
 
     zero = jnp.zeros_like(step.t0)
-    own_consts = {j: grad_consts[j] for j in used}
+    own_consts = {j: grad_consts[j] for j in fns.numbers_where(name)}
     grads = (own_consts, grad_dense_info, zero, zero)
     index, grad_ts, grads = lax.while_loop(cond_fun, body_fun, (index, grad_ts, grads))
     own_consts, grad_dense_info, grad_t0, grad_t1 = grads

@@ -155,20 +155,19 @@ class WayBack:
             grad_solver_state=materialise(
                 grad.solver_state, eqx.filter(state, eqx.is_inexact_array)
             ),
-            grad_consts={
-                i: jnp.zeros_like(fns.consts[i]) for i in sorted(fns.differentiated)
-            },
+            grad_consts=fns.zero_consts(save.function_names(fns.hoisted)),
             grad_times=grad_times,
             drift=self._zero_drift,
-            last=self._last(ends.y, ends.solver_state, ends.y, state),
+            last=self._last((ends.y, state), (ends.y, state)),
         )
 
-    def _last(self, y0, solver_state0, y1, solver_state1):
+    def _last(self, state0, state1):
         if not (self._is_small and self._check_drift):
             return None
-        return self._comparable(y0, solver_state0), self._comparable(y1, solver_state1)
+        return self._comparable(state0), self._comparable(state1)
 
-    def _comparable(self, y, solver_state):
+    def _comparable(self, state):
+        y, solver_state = state
         return comparable(self._pullback.solver, y, solver_state)
 
     def last_time(self, record: Record) -> Array:
@@ -319,7 +318,9 @@ class WayBack:
             t_after=t0,
             y1=_keep(unfinished, rebuilt.y0, carry.y1),
             solver_state=_keep(unfinished, rebuilt.solver_state, carry.solver_state),
-            pullback=_keep(unfinished, new_pullback, carry.pullback),
+            # Of a batch it is one whole. An element that is done has what belongs to
+            # its start here, and pulls back zero through it.
+            pullback=new_pullback,
             saved=before.saved,
             grad_y1=_keep(active, grads.y0, grad_y0),
             grad_solver_state=_keep(active, grads.solver_state, grad_solver_state0),
@@ -349,7 +350,7 @@ class WayBack:
 
         if self._is_small:
             y0, solver_state0 = restored() if self._restores_inside else rebuilt
-            last = self._last(*rebuilt, carry.y1, carry.solver_state)
+            last = self._last(rebuilt, (carry.y1, carry.solver_state))
             return y0, solver_state0, (self._zero_drift, last)
         if not (self._restores or self._check_drift):
             return *rebuilt, (self._zero_drift, None)
@@ -358,9 +359,9 @@ class WayBack:
             stored, drift = restored(), self._zero_drift
             if self._check_drift:
                 drift = distance(
-                    self._comparable(*rebuilt),
-                    self._comparable(*stored),
-                    self._comparable(carry.y1, carry.solver_state),
+                    self._comparable(rebuilt),
+                    self._comparable(stored),
+                    self._comparable((carry.y1, carry.solver_state)),
                 )
                 is_active = is_here & (carry.num_steps > 0)
                 drift = jnp.where(is_active & segment.is_undone, drift, 0)
@@ -386,7 +387,7 @@ class WayBack:
         if self._check_drift:
             last_y0, last_y1 = carry.last
             stored = _select(True, read_stored(), state)
-            drift = distance(last_y0, self._comparable(*stored), last_y1)
+            drift = distance(last_y0, self._comparable(stored), last_y1)
             drift = jnp.where(is_here & segment.is_undone, drift, 0)
             carry = carry._replace(drift=jnp.maximum(carry.drift, drift))
         if self._restores and not self._restores_inside:

@@ -1,0 +1,421 @@
+"""The gradient of shared parameters is summed over a batch within the backward pass,
+where that is what it is, and nowhere else."""
+
+import functools as ft
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import pytest
+
+import diffrax_reversible as dfxr
+from diffrax_reversible._batch import find_batch, mark_batch
+
+from .helpers import GenericLeapfrog, relative_difference
+from .test_counts import Counter
+from .test_gradient import TOL, weighted_sum
+
+
+RK = dfxr.UReversible(diffrax.Heun())
+PUBLISHED = dfxr.UReversible(diffrax.Heun(), 0.999)
+HEUN = dfxr.ReversibleHeun()
+CONSTANT = diffrax.ConstantStepSize()
+PID = diffrax.PIDController(rtol=1e-2, atol=1e-3)
+B = 3
+W = jnp.array([[-0.6, 1.4], [-1.1, 0.2]])
+# Of different sizes, so that step counts differ where steps are adaptive.
+Y0 = jnp.array([[0.1, 0.2], [1.0, -0.5], [3.0, 2.0]])
+S = jnp.array([0.5, 1.0, 2.0])
+ADJOINT = dfxr.ReversibleAdjoint(sum_over_batch=True)
+
+
+def _loss(solver, controller, saveat, w, y0, s, adjoint=ADJOINT):
+    args = {"w": w, "label": "args", "count": jnp.array(2)}
+
+    def vector_field(t, y, args):
+        return args["count"] * (1 + 0.2 * t) * jnp.tanh(args["w"] @ y) - s * y
+
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),
+        solver,
+        0.0,
+        1.0,
+        0.2,
+        y0,
+        args,
+        saveat=saveat(w),
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=128,
+    )
+    return weighted_sum(sol.ys)
+
+
+def _end(w):
+    return diffrax.SaveAt(t1=True)
+
+
+def _times(w):
+    return diffrax.SaveAt(ts=jnp.array([0.0, 0.1, 0.5, 0.55]))
+
+
+# Which closes over a parameter, and has one that the vector field has too.
+def _function(w):
+    fn = lambda t, y, args: jnp.sin(args["w"] @ w @ y)
+    return diffrax.SaveAt(ts=jnp.array([0.1, 0.5]), steps=True, fn=fn)
+
+
+def _one_by_one(loss, w, y0, s):
+    """Gradients of each element of the batch."""
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    grads = [gradient(w, y0[i], s[i]) for i in range(len(y0))]
+    return jtu.tree_map(lambda *xs: jnp.stack(xs), *grads)
+
+
+def _summed(grads):
+    grad_w, *others = grads
+    return (jnp.sum(grad_w, 0), *others)
+
+
+def _total(loss, axes=(None, 0, 0), **kwargs):
+    return lambda *x: jnp.sum(jax.vmap(loss, axes, **kwargs)(*x))
+
+
+@pytest.mark.parametrize(
+    "solver,controller,saveat",
+    [
+        (dfxr.UReversible(diffrax.Tsit5(), 0.999), CONSTANT, _end),
+        (RK, PID, _function),
+        (HEUN, CONSTANT, _function),
+        # What is carried from step to step is selected for each element.
+        (HEUN, PID, _function),
+        (GenericLeapfrog(), CONSTANT, _times),
+    ],
+    ids=["published", "controlled", "evaluate", "evaluate-adaptive", "generic"],
+)
+def test_sum(solver, controller, saveat):
+    loss = ft.partial(_loss, solver, controller, saveat)
+    each = _one_by_one(loss, W, Y0, S)
+    argnums = (0, 1, 2)
+    summed = jax.jit(jax.grad(_total(loss), argnums))(W, Y0, S)
+    assert relative_difference(summed, _summed(each)) < TOL
+    if saveat is not _times:
+        # Of each element: they are to be kept apart.
+        per_example = jax.jit(jax.vmap(jax.grad(loss, argnums), (None, 0, 0)))
+        assert relative_difference(per_example(W, Y0, S), each) < TOL
+
+
+def _sum(*axes):
+    return lambda fn: lambda *x: jnp.sum(jax.vmap(fn, axes)(*x))
+
+
+@pytest.mark.parametrize(
+    "nesting,expected",
+    [
+        (lambda fn: jax.vmap(jax.grad(fn)), []),
+        (lambda fn: jax.grad(_sum(0)(fn)), [3]),
+        (lambda fn: jax.vmap(jax.grad(_sum(0)(fn))), [2]),
+        (lambda fn: jax.grad(_sum(0)(_sum(0)(fn))), [2, 3]),
+        (lambda fn: jax.vmap(lambda x: jax.jvp(jax.grad(fn), (x,), (x,))), []),
+        (lambda fn: lambda x: jax.jvp(jax.grad(_sum(0)(fn)), (x,), (x,)), [3]),
+    ],
+)
+@pytest.mark.parametrize("jit", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_mark(nesting, expected, jit):
+    # Those batches are found that are within the derivative, the innermost first. (A
+    # solve is always compiled; so this is of something else.)
+    sizes = []
+
+    @jax.custom_vjp
+    def square(x, mark):
+        return jnp.sum(x**2)
+
+    def bwd(residuals, grad):
+        x, mark = residuals
+        sizes.append([level.size for level in find_batch(mark, (), ()).levels])
+        return 2 * x * grad, None
+
+    square.defvjp(lambda x, mark: (jnp.sum(x**2), (x, mark)), bwd)
+    fn = jit(lambda x: square(x, mark_batch(x)))
+    nesting(fn)(jnp.ones((3, 2)))
+    assert sizes[-1] == expected
+
+
+#
+# All nestings of batches, derivatives and others, with one solve
+#
+
+
+_plain = ft.partial(_loss, PUBLISHED, PID, _function)
+WS = jnp.stack([W, -W])
+ARGNUMS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Gradients for all of `WS`, and of `Y0` and `S`."""
+    grads = [_one_by_one(_plain, w, Y0, S) for w in WS]
+    return jtu.tree_map(lambda *xs: jnp.stack(xs), *grads)
+
+
+def _nested(loss):
+    return _total(_total(loss), (0, None, None))
+
+
+def _in_a_loop(*x, fn=_plain):
+    add = lambda total, _: (total + fn(*x), None)
+    return jax.lax.scan(add, 0.0, length=1)[0]
+
+
+def _sum_all(table):
+    gw, gy, gs = table
+    return jnp.sum(gw, 1), jnp.sum(gy, 0), jnp.sum(gs, 0)
+
+
+def _of_one(fn, wrap=lambda fn: fn):
+    """As all of these, for the first of `WS`, with a shared `w`."""
+    return (
+        lambda: jax.jit(jax.grad(wrap(fn), ARGNUMS))(W, Y0, S),
+        lambda t: _summed(jtu.tree_map(lambda x: x[0], t)),
+    )
+
+
+NESTINGS = {
+    "batch of batches": (
+        lambda: jax.jit(jax.grad(_nested(_plain), ARGNUMS))(WS, Y0, S),
+        _sum_all,
+    ),
+    # (Of which the outer one is over `y0` and `s`, and the inner one over parameters.)
+    "batch of batches of parameters": (
+        lambda: jax.jit(jax.grad(_total(_total(_plain, (0, None, None))), ARGNUMS))(
+            WS, Y0, S
+        ),
+        _sum_all,
+    ),
+    "batch of gradients of batches": (
+        lambda: jax.jit(jax.vmap(jax.grad(_total(_plain), ARGNUMS), (0, None, None)))(
+            WS, Y0, S
+        ),
+        lambda t: (jnp.sum(t[0], 1), t[1], t[2]),
+    ),
+    "batch of both": (
+        lambda: jax.jit(jax.grad(_total(_plain, (2, 1, 0)), ARGNUMS))(
+            jnp.stack([W, W, -W], -1), Y0.T, S
+        ),
+        lambda t: (
+            jnp.stack([t[0][0, 0], t[0][0, 1], t[0][1, 2]], -1),
+            jnp.stack([t[1][0, 0], t[1][0, 1], t[1][1, 2]], -1),
+            jnp.stack([t[2][0, 0], t[2][0, 1], t[2][1, 2]]),
+        ),
+    ),
+    "batch of parameters": (
+        lambda: jax.jit(jax.grad(_total(_plain, (0, None, None)), ARGNUMS))(
+            WS, Y0[1], S[1]
+        ),
+        lambda t: (t[0][:, 1], jnp.sum(t[1][:, 1], 0), jnp.sum(t[2][:, 1], 0)),
+    ),
+    "batch of one": (
+        lambda: jax.jit(jax.grad(_total(_plain), ARGNUMS))(W, Y0[2:], S[2:]),
+        lambda t: (t[0][0, 2], t[1][0, 2:], t[2][0, 2:]),
+    ),
+    "compiled within": _of_one(_total(jax.jit(_plain)), jax.jit),
+    "checkpoint": _of_one(_total(jax.checkpoint(_plain)), jax.checkpoint),
+    "in a loop": _of_one(ft.partial(_in_a_loop, fn=_total(_plain))),
+    "loops in a batch": _of_one(_total(_in_a_loop)),
+    "no parameters": (
+        lambda: jax.jit(jax.grad(_total(_plain), 1))(W, Y0, S),
+        lambda t: t[1][0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_nested(name, table):
+    actual, expected = NESTINGS[name]
+    assert relative_difference(actual(), expected(table)) < TOL
+
+
+def test_without_jit(table):
+    expected = _summed(jtu.tree_map(lambda x: x[0], table))
+    ours = jax.grad(_total(_plain), ARGNUMS)(W, Y0, S)
+    assert relative_difference(ours, expected) < TOL
+
+
+def test_second_derivatives():
+    # The products of the Hessian of a sum are the sum of those of Hessians.
+    tangents = (jnp.cos(W), jnp.zeros_like(Y0), jnp.zeros_like(S))
+
+    def product(fn, *x):
+        x, dx = x[:3], x[3:]
+        return jax.jvp(jax.grad(fn, ARGNUMS), x, dx)[1]
+
+    of_batch = jax.jit(ft.partial(product, _total(_plain)))(W, Y0, S, *tangents)
+    axes = (None, 0, 0)
+    each = jax.jit(jax.vmap(ft.partial(product, _plain), (*axes, *axes)))
+    assert relative_difference(of_batch, _summed(each(W, Y0, S, *tangents))) < TOL
+
+
+#
+# Other batches
+#
+
+
+def test_named_axis():
+    # All elements are coupled, so that the batch is one solve of a larger equation.
+    def loss(mean, w, y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, w: jnp.tanh(y @ w) - mean(y)),
+            PUBLISHED,
+            0.0,
+            1.0,
+            0.2,
+            y0,
+            w,
+            adjoint=ADJOINT,
+            max_steps=8,
+        )
+        return jnp.sum(jnp.sin(sol.ys))
+
+    batched = _total(
+        ft.partial(loss, lambda y: jax.lax.pmean(y, "i")), (None, 0), axis_name="i"
+    )
+    together = ft.partial(loss, lambda y: jnp.mean(y, 0, keepdims=True))
+    ours, expected = (
+        jax.jit(jax.grad(fn, argnums=(0, 1)))(W, Y0) for fn in (batched, together)
+    )
+    assert relative_difference(ours, expected) < TOL
+
+
+def test_unsaved_places():
+    # What is saved of one element has no finite derivative where another is then.
+    def loss(p, ts, t1):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, p: -p * y),
+            RK,
+            0.0,
+            t1,
+            0.1,
+            jnp.array([1.0]),
+            p,
+            saveat=diffrax.SaveAt(
+                ts=ts, fn=lambda t, y, p: y * jnp.sqrt(p * (t - ts[0]) + 1e-9)
+            ),
+            adjoint=ADJOINT,
+            max_steps=16,
+        )
+        return weighted_sum(sol.ys)
+
+    ts = jnp.array([[0.35, 0.45], [0.55, 0.95]])
+    t1 = jnp.array([0.5, 1.0])
+    p = jnp.array(0.5)
+    summed = jax.jit(jax.grad(_total(loss)))(p, ts, t1)
+    single = jax.jit(jax.grad(loss))
+    expected = single(p, ts[0], t1[0]) + single(p, ts[1], t1[1])
+    assert relative_difference(summed, expected) < TOL
+
+
+def test_events_and_noise():
+    # Each element has its own event, and its own Brownian motion.
+    def loss(w, key, level):
+        path = diffrax.VirtualBrownianTree(0.0, 1.0, 0.1, (2,), key)
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y) + 1),
+            diffrax.ControlTerm(
+                lambda t, y, w: lx.DiagonalLinearOperator(0.1 * jnp.cos(w[0])), path
+            ),
+        )
+        sol = diffrax.diffeqsolve(
+            terms,
+            HEUN,
+            0.0,
+            1.0,
+            0.1,
+            jnp.array([0.2, -0.3]),
+            w,
+            adjoint=ADJOINT,
+            event=diffrax.Event(lambda t, y, args, **kwargs: y[0] > level),
+            max_steps=16,
+        )
+        return weighted_sum(sol.ys)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    levels = jnp.array([0.4, 0.9, 5.0])
+    summed = jax.jit(jax.grad(_total(loss)))(W, keys, levels)
+    single = jax.jit(jax.grad(loss))
+    expected = sum(single(W, k, x) for k, x in zip(keys, levels))
+    assert relative_difference(summed, expected) < TOL
+
+
+#
+# What it is for
+#
+
+
+def _gradient(solver, controller, sum_over_batch, vector_field=None, **kwargs):
+    """Of an element of a batch, with respect to a large matrix."""
+    if vector_field is None:
+        vector_field = lambda w, y: jnp.tanh(w @ y)
+
+    def loss(w, y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, w: vector_field(w, y)),
+            solver,
+            0.0,
+            1.0,
+            0.1,
+            y0,
+            w,
+            stepsize_controller=controller,
+            adjoint=dfxr.ReversibleAdjoint(sum_over_batch=sum_over_batch),
+            max_steps=16,
+        )
+        return jnp.sum(sol.ys)
+
+    return jax.jit(jax.grad(_total(loss, (None, 0), **kwargs)))
+
+
+NUM, WIDTH = 16, 64
+
+
+def _compiled(*args, **kwargs):
+    w, y0 = jnp.eye(WIDTH), jnp.ones((NUM, WIDTH))
+    return _gradient(*args, **kwargs).lower(w, y0).compile()
+
+
+@pytest.mark.parametrize(
+    "solver,controller",
+    [(PUBLISHED, CONSTANT), (RK, PID), (HEUN, CONSTANT), (GenericLeapfrog(), CONSTANT)],
+    ids=["published", "controlled", "evaluate", "generic"],
+)
+def test_memory(solver, controller):
+    one = 8 * WIDTH**2
+    for sum_over_batch in (True, False):
+        compiled = _compiled(solver, controller, sum_over_batch)
+        has_all = f"f64[{NUM},{WIDTH},{WIDTH}]" in compiled.as_text()
+        size = compiled.memory_analysis().temp_size_in_bytes
+        assert has_all == (not sum_over_batch)
+        assert (size > NUM * one) == (not sum_over_batch)
+
+
+def test_not_over_devices():
+    # Or else they would exchange their sums in every step.
+    compiled = _compiled(PUBLISHED, CONSTANT, True, spmd_axis_name="x")
+    assert f"f64[{NUM},{WIDTH},{WIDTH}]" in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    "solver,controller", [(RK, PID), (HEUN, CONSTANT)], ids=["controlled", "evaluate"]
+)
+def test_evaluations(solver, controller):
+    counts = []
+    for sum_over_batch in (True, False):
+        counter = Counter(vmap_method="broadcast_all")
+        vector_field = lambda w, y: counter.vector_field(jnp.sin(w @ y))
+        gradient = _gradient(solver, controller, sum_over_batch, vector_field)
+        jax.block_until_ready(gradient(W, Y0))
+        counts.append(counter.take())
+    assert counts[0] == counts[1]
+    # There are some.
+    assert min(counts[0]) >= 10
