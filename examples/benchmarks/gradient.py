@@ -35,9 +35,9 @@ PUBLISHED = 0.999
 #
 
 
-def mlp(batch=None, dtype=jnp.float64, depth=2):
+def mlp(batch=None, dtype=jnp.float64, depth=2, width=64):
     network = eqx.nn.MLP(
-        16, 16, 64, depth, activation=jnp.tanh, key=jr.key(0), dtype=dtype
+        16, 16, width, depth, activation=jnp.tanh, key=jr.key(0), dtype=dtype
     )
     params, static = eqx.partition(network, eqx.is_array)
     y0 = jnp.ones(16, dtype)
@@ -217,6 +217,10 @@ def rows(batch, n):
     out["MLP, Tsit5, float32"] = mlp(dtype=single), tsit5, n, {}, DEFAULT
     out[f"MLP, Tsit5, vmap {batch}, float32"] = (
         *(mlp(dtype=single), tsit5, n),
+        *(dict(vmap=batch), DEFAULT),
+    )
+    out[f"MLP of width 256, Tsit5, vmap {batch}"] = (
+        *(mlp(width=256), tsit5, n // 4),
         *(dict(vmap=batch), DEFAULT),
     )
     out["Lotka--Volterra, Tsit5"] = lotka_volterra(), tsit5, n, {}, DEFAULT

@@ -372,8 +372,7 @@ UReversible.__init__.__doc__ = """**Arguments:**
     no more than 1000 operations in all stages. If its
     `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are made by a loop
     (of one kind, whichever it is), so that the vector field is compiled 2 times in a
-    step and not `2s` times. That is for vector fields that take long to compile; and
-    for large batches under `jax.vmap` of small systems without matrix products.
+    step and not `2s` times. That is for vector fields that take long to compile.
 - `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
     number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
     that is the better are `y` and `z` kept together, and the faster do rounding errors
