@@ -60,9 +60,7 @@ class NeuralODE(eqx.Module):
             dt0=0.1,
             y0=y0,
             saveat=diffrax.SaveAt(ts=jnp.asarray(TS)),
-            # Each device keeps the gradient of the parameters for each of its own
-            # trajectories. Summed in every step, they would be exchanged in every step.
-            adjoint=ReversibleAdjoint(sum_over_batch=False),
+            adjoint=ReversibleAdjoint(),
             max_steps=64,
         )
         assert sol.ys is not None

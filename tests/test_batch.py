@@ -391,12 +391,26 @@ def _compiled(*args, **kwargs):
 )
 def test_memory(solver, controller):
     one = 8 * WIDTH**2
-    for sum_over_batch in (True, False):
+    for sum_over_batch in ("auto", False):
         compiled = _compiled(solver, controller, sum_over_batch)
         has_all = f"f64[{NUM},{WIDTH},{WIDTH}]" in compiled.as_text()
         size = compiled.memory_analysis().temp_size_in_bytes
         assert has_all == (not sum_over_batch)
         assert (size > NUM * one) == (not sum_over_batch)
+
+
+def test_by_default(monkeypatch):
+    def lowered(sum_over_batch, width):
+        w, y0 = jnp.eye(width), jnp.ones((NUM, width))
+        return _gradient(PUBLISHED, CONSTANT, sum_over_batch).lower(w, y0).as_text()
+
+    # A matrix has `width` parameters for each number in `y`.
+    for width in (8, 24):
+        same = lowered("auto", width) == lowered(width > 16, width)
+        assert same and lowered(True, width) != lowered(False, width)
+    # Several devices may each have a part of the batch.
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert lowered("auto", 25) == lowered(False, 25)
 
 
 def test_not_over_devices():

@@ -319,6 +319,9 @@ _MANY_PARAMETERS = 16
 
 
 def _is_worth_a_sum(differentiated: frozenset[int], consts, y: PyTree) -> bool:
+    if jax.device_count() > 1:
+        # The batch may be split over them, which cannot be known here.
+        return False
     num_parameters = sum(jnp.size(consts[i]) for i in differentiated)
     return num_parameters > _MANY_PARAMETERS * sum(map(jnp.size, jtu.tree_leaves(y)))
 
