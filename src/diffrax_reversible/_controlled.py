@@ -163,8 +163,6 @@ _LEAST_EXACT = 0.4
 _FLOOR = 4
 # Growth by more than this is a new defect.
 _MOST_GROWTH = 20
-# So many numbers are added up one by one.
-_FEW = 8
 # By which an error estimate of an SDE fades in each step.
 _FADE = 0.9
 
@@ -212,19 +210,10 @@ def rms(tree: PyTree) -> Float[Array, ""]:
     if len(leaves) == 0:
         return jnp.zeros((), dtype)
     leaves = [x.astype(dtype) for x in leaves]
-    largest = ft.reduce(jnp.maximum, [_fold(jnp.maximum, jnp.max, x) for x in leaves])
+    largest = ft.reduce(jnp.maximum, [jnp.max(x) for x in leaves])
     scale = jnp.where(largest > 0, largest, 1)
-    squares = [_fold(operator.add, jnp.sum, (x / scale) ** 2) for x in leaves]
-    total = ft.reduce(operator.add, squares)
+    total = ft.reduce(operator.add, [jnp.sum((x / scale) ** 2) for x in leaves])
     return largest * jnp.sqrt(total / sum(x.size for x in leaves))
-
-
-def _fold(op, reduction, x: Array) -> Array:
-    # Each reduction is a loop of its own, but a few operations are part of another's.
-    if x.size > _FEW:
-        return reduction(x)
-    x = x.reshape(-1)
-    return ft.reduce(op, [x[i] for i in range(x.size)])
 
 
 def norms(tree: PyTree) -> tuple[Float[Array, ""], ...]:
