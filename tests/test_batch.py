@@ -11,6 +11,7 @@ import lineax as lx
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible import _rule
 from diffrax_reversible._batch import find_batch, mark_batch
 
 from .helpers import GenericLeapfrog, relative_difference
@@ -391,7 +392,7 @@ def _compiled(*args, **kwargs):
 )
 def test_memory(solver, controller):
     one = 8 * WIDTH**2
-    for sum_over_batch in ("auto", False):
+    for sum_over_batch in (True, False):
         compiled = _compiled(solver, controller, sum_over_batch)
         has_all = f"f64[{NUM},{WIDTH},{WIDTH}]" in compiled.as_text()
         size = compiled.memory_analysis().temp_size_in_bytes
@@ -404,13 +405,18 @@ def test_by_default(monkeypatch):
         w, y0 = jnp.eye(width), jnp.ones((NUM, width))
         return _gradient(PUBLISHED, CONSTANT, sum_over_batch).lower(w, y0).as_text()
 
-    # A matrix has `width` parameters for each number in `y`.
-    for width in (8, 24):
-        same = lowered("auto", width) == lowered(width > 16, width)
-        assert same and lowered(True, width) != lowered(False, width)
+    # That of a matrix, if those of all elements take much memory.
+    summed, not_summed = lowered(True, 8), lowered(False, 8)
+    assert lowered("auto", 8) == not_summed != summed
+    monkeypatch.setattr(_rule, "_MANY_BYTES", 0)
+    jax.clear_caches()
+    assert lowered("auto", 8) == summed
+    # As many parameters as there are numbers in `y` are not worth it.
+    assert lowered("auto", 2) == lowered(False, 2)
     # Several devices may each have a part of the batch.
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert lowered("auto", 25) == lowered(False, 25)
+    jax.clear_caches()
+    assert lowered("auto", 8) == not_summed
 
 
 def test_not_over_devices():

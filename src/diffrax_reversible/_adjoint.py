@@ -178,10 +178,11 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     where they are of what its elements share, as parameters are. If `True` that is done
     in every step of the backward pass: it takes the memory of one gradient, and not of
     one for each element, and products of matrices take the place of outer products. If
-    `False` it is done once, after it: which is faster for few parameters; and for a
-    batch that `jax.jit` splits over several devices, by the shardings of its arguments,
-    as these would exchange their sums in every step. `"auto"` is `True` if there are
-    more than 16 parameters for each number in `y`, and JAX has but one device. (Under
+    `False` it is done once, after it: which is faster if these gradients are small; and
+    for a batch that `jax.jit` splits over several devices, by the shardings of its
+    arguments, as these would exchange their sums in every step. `"auto"` is `True` if
+    the gradients of all elements would take more than 16 MB, there are more than four
+    parameters for each number in `y`, and JAX has but one device. (Under
     `jax.shard_map` each device sums its own part, so `True` is better there; under
     `jax.vmap(..., spmd_axis_name=...)` it is always `False`.)
 

@@ -12,6 +12,7 @@ mark. In the backward pass a function can then be differentiated for the batch a
 whole: its arguments are gathered, and each element is handed its part of the results.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -159,6 +160,10 @@ class Batch(NamedTuple):
     @property
     def steps_differ(self) -> bool:
         return any(level.steps_differ for level in self.levels)
+
+    def num_shared_by(self, i: int) -> int:
+        """How many elements share a constant."""
+        return math.prod(x.size for x in self.levels if not x.is_batched[i])
 
     def whole(self, tree: PyTree) -> PyTree:
         """All elements of the batch, along leading axes."""

@@ -241,11 +241,11 @@ def _loop_bwd(
     record: Record
     grad_final_state, _ = grad_out
     del inputs, residuals, grad_out
-    if sum_over_batch == "auto" and not _is_worth_a_sum(differentiated, consts, ends.y):
-        mark = None
     when = (ends.num_steps, ends.tprev, ends.saved, record.steps.times, times.saved)
     batch = find_batch(mark, consts, when)
     fns = Functions(hoisted, consts, differentiated, wanted.any_of_steps, batch)
+    if sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
+        fns = fns._replace(batch=Batch((), consts))
     way_back = WayBack(
         fns=fns,
         pullback=pullback,
@@ -313,17 +313,24 @@ def _loop_bwd(
     )
 
 
-# A sum over a batch makes XLA compute what it is made of once more, unless these are
-# products of matrices; and the gradients of few parameters take little memory.
-_MANY_PARAMETERS = 16
+# What fits into a cache is faster to be summed at the end, by a tenth. And a sum over a
+# batch makes XLA compute what it is made of once more, unless these are products of
+# matrices or convolutions: then there are more parameters than in pointwise functions.
+_MANY_BYTES = 2**24
+_MANY_PARAMETERS = 4
 
 
-def _is_worth_a_sum(differentiated: frozenset[int], consts, y: PyTree) -> bool:
+def _is_worth_a_sum(fns: Functions, y: PyTree) -> bool:
     if jax.device_count() > 1:
         # The batch may be split over them, which cannot be known here.
         return False
-    num_parameters = sum(jnp.size(consts[i]) for i in differentiated)
-    return num_parameters > _MANY_PARAMETERS * sum(map(jnp.size, jtu.tree_leaves(y)))
+    num_parameters = num_bytes = 0
+    for i in fns.differentiated:
+        const = fns.consts[i]
+        num_parameters += const.size
+        num_bytes += fns.batch.num_shared_by(i) * const.size * const.dtype.itemsize
+    size = sum(map(jnp.size, jtu.tree_leaves(y)))
+    return num_bytes > _MANY_BYTES and num_parameters > _MANY_PARAMETERS * size
 
 
 def _is_none(x):
