@@ -146,3 +146,15 @@ def is_save_state(x: Any) -> bool:
 
 def is_sub_save_at(x: Any) -> bool:
     return isinstance(x, diffrax.SubSaveAt)
+
+
+_STEPS_IS_BOOLEAN = diffrax.SubSaveAt.__dataclass_fields__["steps"].type in (
+    bool,
+    "bool",
+)
+
+
+def save_every(sub: Any) -> int:
+    """Every how many steps a `SubSaveAt` saves, or zero. (In diffrax 0.7.0 whatever is
+    true saves every step.)"""
+    return int(bool(sub.steps) if _STEPS_IS_BOOLEAN else sub.steps)

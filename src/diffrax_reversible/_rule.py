@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from . import _save as save, _times as times_
 from ._batch import Batch, find_batch, mark_batch
-from ._compat import is_save_state, is_sub_save_at
+from ._compat import is_save_state, is_sub_save_at, save_every
 from ._drift import all_finite, check_drift
 from ._guard import once_only, reverse_only, without_tangents
 from ._hoist import Hoisted, Hoister
@@ -132,8 +132,7 @@ def outer_while_loop(
         num_local=num_local,
         recorder=recorder,
         pullback=pullback,
-        # (A boolean in diffrax 0.7.0.)
-        steps=tuple(int(sub.steps) for sub in subs),
+        steps=tuple(map(save_every, subs)),
         drift_tolerance=drift_tolerance,
         sum_over_batch=sum_over_batch,
         passed_solver_state=passed_solver_state,

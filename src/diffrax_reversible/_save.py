@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._compat import save_every
 from ._hoist import Hoisted, Hoister, materialise
 from ._pullback import Functions, Step
 
@@ -33,7 +34,7 @@ def add_functions(hoister: Hoister, i: int, sub, solver, terms, args, step: Step
             return sub.fn(t, interpolation.evaluate(t), args)
 
         hoister.add(f"save_ts_{i}", interpolate, step.t0, step.t1, step.t0, dense_info)
-    if sub.steps != 0:
+    if save_every(sub) != 0:
         hoister.add(
             f"save_steps_{i}", lambda t, y: sub.fn(t, y, args), step.t0, step.y1
         )
