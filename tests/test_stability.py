@@ -470,8 +470,11 @@ def test_calibration(dtype):
     assert not np.any(fired[errors < 1e-7 if dtype == jnp.float64 else errors < 1e-6])
 
 
-def test_drift_of_one_element_of_a_batch():
-    params = (jnp.array([1.0, 0.3]), jnp.array(1.0))
+@pytest.mark.parametrize("num", [1, 40])
+def test_drift_of_one_element_of_a_batch(num):
+    # It is looked at outside of the loop over steps, or for large states within it.
+    y0 = jnp.broadcast_to(jnp.array([1.0, 0.3])[:, None], (2, num))
+    params = (y0, jnp.array(1.0))
     run = _drifting(jnp.float64, dfxr.ReversibleAdjoint())
     jax.block_until_ready(run(params, jnp.array([20.0, 30.0])))
     with pytest.raises(RuntimeError, match="did not arrive at the state"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible import _record
+from diffrax_reversible import _record, _way_back
 
 from .helpers import relative_difference
 from .test_gradient import TOL, weighted_sum
@@ -107,6 +107,13 @@ def test_vmap(solver, nesting, controller):
         )
     ]
     assert relative_difference(*derivatives) < TOL
+
+
+def test_large_states(monkeypatch):
+    # For these there is a branch in the loop over steps. At a jump `ReversibleHeun`
+    # cannot do without what is stored.
+    monkeypatch.setattr(_way_back, "_SMALL", 0)
+    test_vmap(SOLVERS[1], _sum_of_batch, "jumps")
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=["UReversible", "ReversibleHeun"])
