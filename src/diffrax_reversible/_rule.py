@@ -172,15 +172,7 @@ def _loop(inputs, *, hoisted, **kwargs):
 
 
 @_loop.def_fwd
-def _loop_fwd(
-    perturbed,
-    inputs,
-    *,
-    hoisted,
-    num_local,
-    pullback: AbstractPullback,
-    **kwargs,
-):
+def _loop_fwd(perturbed, inputs, *, hoisted, **kwargs):
     del kwargs
     if any(jtu.tree_leaves(perturbed.unknown)):
         raise NotImplementedError(
@@ -189,19 +181,6 @@ def _loop_fwd(
             "`jax.lax.stop_gradient` on it if its gradient is not needed, or else "
             "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
-    # (What else the steps depend on chooses where they are made, which is a constant.)
-    differentiated = frozenset(
-        i for i, p in enumerate(perturbed.consts[:num_local]) if p
-    )
-    wanted = jtu.tree_map(lambda p: p is True, perturbed.times, is_leaf=_is_none)
-    fns = Functions(
-        hoisted,
-        inputs.consts,
-        differentiated,
-        wanted.any_of_steps,
-        Batch((), inputs.consts),
-    )
-    pullback = pullback.choose(fns, perturbed.init_state.solver_state)
     final_state, record = hoisted.call("run", inputs.consts, inputs.init_state)
     ends = Ends(
         final_state.y,
@@ -214,8 +193,9 @@ def _loop_fwd(
         ],
         (final_state.event_tprev, final_state.event_tnext),
     )
-    out, ends, record = once_only(((final_state, record.num_wanted), ends, record))
-    return out, (ends, record, differentiated, wanted, pullback)
+    # Arrays alone. If a program that JAX has cached is differentiated twice then what is
+    # static in here is that of the second time, for both backward passes.
+    return once_only(((final_state, record.num_wanted), (ends, record)))
 
 
 @_loop.def_bwd
@@ -226,23 +206,30 @@ def _loop_bwd(
     inputs,
     *,
     hoisted: Hoisted,
+    num_local,
     recorder: Recorder,
+    pullback: AbstractPullback,
     steps,
     drift_tolerance,
     sum_over_batch,
     passed_solver_state,
-    **kwargs,
 ):
-    del perturbed, kwargs
     init_state, times, consts, unknown, mark = inputs
-    ends, record, differentiated, wanted, pullback = residuals
+    ends, record = residuals
     ends: Ends
     record: Record
     grad_final_state, _ = grad_out
-    del inputs, residuals, grad_out
+    # (What else the steps depend on chooses where they are made, which is a constant.)
+    differentiated = frozenset(
+        i for i, p in enumerate(perturbed.consts[:num_local]) if p
+    )
+    wanted = jtu.tree_map(lambda p: p is True, perturbed.times, is_leaf=_is_none)
+    perturbed_solver_state = perturbed.init_state.solver_state
+    del inputs, residuals, grad_out, perturbed
     when = (ends.num_steps, ends.tprev, ends.saved, record.steps.times, times.saved)
     batch = find_batch(mark, consts, when)
     fns = Functions(hoisted, consts, differentiated, wanted.any_of_steps, batch)
+    pullback = pullback.choose(fns, perturbed_solver_state)
     if sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
         fns = fns._replace(batch=Batch((), consts))
     way_back = WayBack(
