@@ -11,8 +11,8 @@ import lineax as lx
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible import _rule
-from diffrax_reversible._batch import find_batch, mark_batch
+from diffrax_reversible._adjoint import rule as _rule
+from diffrax_reversible._adjoint.batch import find_batch, mark_batch
 
 from .helpers import GenericLeapfrog, relative_difference
 from .test_counts import Counter

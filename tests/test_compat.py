@@ -1,5 +1,6 @@
 """What of diffrax is relied upon, and that it is relied upon in one place only."""
 
+import ast
 import importlib.util
 import inspect
 import pathlib
@@ -37,6 +38,45 @@ def test_only_compat_imports_internals():
             assert set(private.findall(code)) == {"diffrax"}
         else:
             assert not private.search(code), path
+
+
+def test_unstable_names_are_in_one_file():
+    # Of JAX and Equinox, what is public but not promised to be kept.
+    unstable = re.compile(
+        r"equinox\.internal|jax\.(?:interpreters|extend|experimental)"
+    )
+    table = (SOURCE / "_jax_compat.py").read_text()
+    used = set()
+    for path in SOURCE.rglob("*.py"):
+        if path.name != "_jax_compat.py":
+            assert not unstable.search(path.read_text()), path
+            used |= set(re.findall(r"\beqxi\.\w+", path.read_text()))
+    assert used == set(re.findall(r"`(eqxi\.\w+)`", table))
+
+
+# Which packages and modules each may import, beside `_compat` and `_jax_compat`.
+LAYERS = ["_method", "_solver", "_registry", "_adjoint"]
+SURFACE = {"_citation", "_diagnose", "_reverse_solve", "__init__"}
+
+
+def test_imports_run_one_way():
+    seen = set()
+    for path in SOURCE.rglob("*.py"):
+        relative = path.relative_to(SOURCE)
+        layer = relative.with_suffix("").parts[0]
+        if layer in SURFACE:
+            continue
+        own = LAYERS[: LAYERS.index(layer) + 1] if layer in LAYERS else []
+        seen.add(layer)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            package = (SOURCE.name, *relative.parts[:-1])
+            package = package[: len(package) - node.level + 1]
+            names = [*package, *(node.module or "").split(".")]
+            target = names[1] if names[1:2] != [""] else node.names[0].name
+            assert target in {"_compat", "_jax_compat", *own}, (path, target)
+    assert seen == {"_compat", "_jax_compat", *LAYERS}
 
 
 def _import_compat():

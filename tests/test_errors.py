@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible import _coupling, _drift, _record
-from diffrax_reversible._adjoint import _check_sum_over_batch
+from diffrax_reversible._adjoint import drift as _drift, record as _record
+from diffrax_reversible._adjoint.adjoint import _check_sum_over_batch
+from diffrax_reversible._method import coupling as _coupling
 from diffrax_reversible._solver.asynchronous_leapfrog import _check_damping
 from diffrax_reversible._solver.u_reversible import _check_coupling_parameter
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible import _controlled as controlled
+from diffrax_reversible._method import controlled
 
 from .helpers import GenericUReversible, relative_difference
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._srk import reversed_control, srk_control
+from diffrax_reversible._method.srk import reversed_control, srk_control
 
 from .helpers import relative_difference
 from .test_counts import Counter

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible import _record, _way_back
+from diffrax_reversible._adjoint import record as _record, way_back as _way_back
 
 from .helpers import relative_difference
 from .test_gradient import TOL, weighted_sum

@@ -2,21 +2,21 @@ from . import _compat as _compat  # Checks the installed version of diffrax. # i
 from importlib.metadata import version as _version
 
 from . import _citation as _citation  # Adds to `diffrax.citation`.
-from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
-from ._coupling import (
+from ._adjoint.adjoint import ReversibleAdjoint as ReversibleAdjoint
+from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
+from ._method.base import AbstractReversibleSolver as AbstractReversibleSolver
+from ._method.coupling import (
     AbstractCouplingSolver as AbstractCouplingSolver,
     Coupling as Coupling,
     Registers as Registers,
     StepInfo as StepInfo,
 )
-from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
 from ._registry import register_reversible as register_reversible
 from ._reverse_solve import reverse_solve as reverse_solve
 from ._solver.aboba import ABOBA as ABOBA
 from ._solver.asynchronous_leapfrog import (
     AsynchronousLeapfrog as AsynchronousLeapfrog,
 )
-from ._solver.base import AbstractReversibleSolver as AbstractReversibleSolver
 from ._solver.blanes_moan import (
     BlanesMoan4 as BlanesMoan4,
     BlanesMoan6 as BlanesMoan6,

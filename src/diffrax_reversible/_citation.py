@@ -4,9 +4,9 @@ import inspect
 import re
 from typing import Any
 
-from ._adjoint import ReversibleAdjoint
+from ._adjoint.adjoint import ReversibleAdjoint
 from ._compat import citation_rules
-from ._solver.base import AbstractReversibleSolver
+from ._method.base import AbstractReversibleSolver
 from ._solver.u_reversible import UReversible
 
 

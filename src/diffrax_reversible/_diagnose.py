@@ -9,13 +9,13 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._adjoint.drift import distance
+from ._adjoint.record import make_recorder
+from ._adjoint.rule import inner_loop, with_arrays
 from ._compat import host_loop
-from ._controlled import coupling, rms
-from ._coupling import AbstractCouplingSolver
-from ._drift import distance
-from ._record import make_recorder
+from ._method.controlled import coupling, rms
+from ._method.coupling import AbstractCouplingSolver
 from ._registry import to_reversible
-from ._rule import inner_loop, with_arrays
 from ._solver.u_reversible import UReversible
 
 

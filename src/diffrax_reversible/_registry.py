@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import diffrax
 
-from ._solver.base import AbstractReversibleSolver
+from ._method.base import AbstractReversibleSolver
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint
 from ._solver.reversible_heun import ReversibleHeun
 from ._solver.semi_implicit_euler import SemiImplicitEuler

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from ._adjoint import ReversibleAdjoint
+from ._adjoint.adjoint import ReversibleAdjoint
+from ._adjoint.drift import check_tolerance, default_tolerance, distance
 from ._compat import is_sub_save_at, is_unsafe_sde, RealScalarLike, WrapTerm
-from ._coupling import AbstractCouplingSolver, stop_gradient
-from ._drift import check_tolerance, default_tolerance, distance
+from ._method.base import AbstractReversibleSolver
+from ._method.coupling import AbstractCouplingSolver
+from ._method.tree import stop_gradient
 from ._registry import to_reversible
-from ._solver.base import AbstractReversibleSolver
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint
 from ._solver.splitting import AbstractSplitting
 from ._solver.u_reversible import UReversible

@@ -10,9 +10,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, WrapTerm, Y
-from .._controlled import budget, precision
-from .._srk import brownian_control
-from .base import AbstractReversibleSolver
+from .._method.base import AbstractReversibleSolver
+from .._method.controlled import budget, precision
+from .._method.srk import brownian_control
 
 
 class _SolverState(NamedTuple):

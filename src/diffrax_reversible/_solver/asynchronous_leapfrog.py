@@ -10,8 +10,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
-from .._controlled import precision, rms
-from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.controlled import precision, rms
+from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 
 # `v`; and with `full_sync`, `(v, sync, memo)` where `sync` is whether to do so next.

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
-from .._explicit_rk import explicit_rk_increment
-from .base import AbstractReversibleSolver
+from .._method.base import AbstractReversibleSolver
+from .._method.explicit_rk import explicit_rk_increment
 
 
 _SolverState: TypeAlias = None

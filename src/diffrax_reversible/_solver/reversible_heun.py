@@ -8,9 +8,9 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
-from .._controlled import precision, rms
-from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
-from .._interpolation import hermite_or_linear
+from .._method.controlled import precision, rms
+from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.interpolation import hermite_or_linear
 
 
 # `(yhat, f)`, and with `full_sync` whether to do so next.

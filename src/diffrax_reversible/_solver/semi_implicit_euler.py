@@ -5,7 +5,7 @@ import diffrax
 from jaxtyping import PyTree
 
 from .._compat import Args, RealScalarLike, VF
-from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 
 _SolverState: TypeAlias = None

@@ -18,8 +18,8 @@ from .._compat import (
     VF,
     WrapTerm,
 )
-from .._continuous_extension import corrections
-from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.continuous_extension import corrections
+from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 
 # The evaluation that two neighbouring steps share.

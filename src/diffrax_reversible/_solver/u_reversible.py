@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .. import _controlled as controlled
 from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
-from .._coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
-from .._explicit_rk import explicit_rk_increment, Increment, uses_last_stage
-from .._interpolation import has_own_interpolation
-from .._srk import srk_control, srk_increment
-from .base import AbstractReversibleSolver
+from .._method import controlled as controlled
+from .._method.base import AbstractReversibleSolver
+from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
+from .._method.interpolation import has_own_interpolation
+from .._method.srk import srk_control, srk_increment
 
 
 _SolverState: TypeAlias = PyTree
@@ -47,7 +47,7 @@ class UReversible(
     problem there are few or none, and on a strongly dissipative one very many; see
     `sol.stats["num_checkpoints"]` and [`diffrax_reversible.diagnose`][]. What is known
     of order, stability and information is derived in the module
-    `diffrax_reversible._controlled`.
+    `diffrax_reversible._method.controlled`.
 
     The choice is a part of the step, and made from `y`, `z` and the error estimate:
     the solution does not depend on the adjoint, nor on rejected steps. For the purpose
@@ -86,12 +86,13 @@ class UReversible(
     solver that does. That may be a stochastic Runge--Kutta solver, such as
     [`diffrax.ShARK`][] for additive, [`diffrax.SlowRK`][] for commutative and
     [`diffrax.SPaRK`][] for general noise. The strong order is that of the wrapped
-    solver for the kind of noise at hand (see `diffrax_reversible._srk`), `s` counts the
-    drifts and diffusions in its stages (of additive noise, one diffusion at either end
-    of the step), the Brownian motion needs the Levy area that the wrapped solver does,
-    and is queried once a step and once more on the way back, and the interpolation is
-    that of the wrapped solver, a line. In solves from a later to an earlier time they
-    differ from diffrax's own (0.7.2), which take the drift with the wrong sign there.
+    solver for the kind of noise at hand (see `diffrax_reversible._method.srk`), `s`
+    counts the drifts and diffusions in its stages (of additive noise, one diffusion at
+    either end of the step), the Brownian motion needs the Levy area that the wrapped
+    solver does, and is queried once a step and once more on the way back, and the
+    interpolation is that of the wrapped solver, a line. In solves from a later to an
+    earlier time they differ from diffrax's own (0.7.2), which take the drift with the
+    wrong sign there.
 
     !!! warning
 

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
+
+from .._jax_compat import eqxi
 
 
 class Times(NamedTuple):

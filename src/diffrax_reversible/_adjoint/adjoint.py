@@ -4,11 +4,11 @@ from typing import Any, Literal
 import diffrax
 from jaxtyping import PyTree
 
-from ._compat import host_loop, is_unsafe_sde
-from ._controlled import precision
-from ._drift import check_tolerance
-from ._registry import to_reversible
-from ._rule import inner_loop, Meter, outer_while_loop, with_arrays
+from .._compat import host_loop, is_unsafe_sde
+from .._method.controlled import precision
+from .._registry import to_reversible
+from .drift import check_tolerance
+from .rule import inner_loop, Meter, outer_while_loop, with_arrays
 
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._batch import Batch
+from .batch import Batch
 
 
 Pull: TypeAlias = Callable[[PyTree], tuple[dict[int, Any], Any]]
@@ -199,20 +199,3 @@ def _expand_none(grad: PyTree, like: PyTree) -> PyTree:
         like,
         is_leaf=lambda x: x is None,
     )
-
-
-def tree_add(x: PyTree, y: PyTree) -> PyTree:
-    """Sum of two gradients, in either of which `None` is zero."""
-    if x is None:
-        return y
-    if y is None:
-        return x
-
-    def add(a, b):
-        if a is None:
-            return b
-        if b is None:
-            return a
-        return a + b
-
-    return jtu.tree_map(add, x, y, is_leaf=lambda z: z is None)

@@ -3,16 +3,16 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._compat import save_every
-from ._hoist import Hoisted, Hoister, materialise
-from ._pullback import Functions, Step
+from .._compat import save_every
+from .._jax_compat import eqxi
+from .hoist import Hoisted, Hoister, materialise
+from .pullback import Functions, Step
 
 
 def add_functions(hoister: Hoister, i: int, sub, solver, terms, args, step: Step):

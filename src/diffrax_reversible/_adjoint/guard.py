@@ -2,13 +2,12 @@
 have, in place of those that JAX would raise further on."""
 
 import equinox as eqx
-import equinox.internal as eqxi
-import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
+
+from .._jax_compat import ad, batching, eqxi, mlir, Primitive
 
 
 FORWARD_MODE = (
@@ -25,8 +24,8 @@ REVERSE_OVER_REVERSE = (
 
 # The identity. Its tangents go through `_linear_p`, which can be transposed, but not
 # run: so reverse mode, and forward over reverse, never notice, and forward mode fails.
-_reverse_only_p = jex.core.Primitive("diffrax_reversible_reverse_only")
-_linear_p = jex.core.Primitive("diffrax_reversible_reverse_only_linear")
+_reverse_only_p = Primitive("diffrax_reversible_reverse_only")
+_linear_p = Primitive("diffrax_reversible_reverse_only_linear")
 for _p in (_reverse_only_p, _linear_p):
     _p.multiple_results = True
     _p.def_abstract_eval(lambda *xs: list(xs))

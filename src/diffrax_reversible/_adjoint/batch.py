@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from .._jax_compat import ad, batching, mlir, Primitive
 
-_mark_p = jex.core.Primitive("diffrax_reversible_mark")
+
+_mark_p = Primitive("diffrax_reversible_mark")
 _mark_p.def_impl(lambda mark, *xs: mark)
 _mark_p.def_abstract_eval(lambda mark, *xs: mark)
 mlir.register_lowering(
@@ -78,7 +78,7 @@ class _Found:
         self.levels: list[Level] | None = []
 
 
-_levels_p = jex.core.Primitive("diffrax_reversible_levels")
+_levels_p = Primitive("diffrax_reversible_levels")
 _levels_p.multiple_results = True
 _levels_p.def_impl(lambda *xs, **kwargs: [])
 _levels_p.def_abstract_eval(lambda *xs, **kwargs: [])
@@ -109,8 +109,8 @@ def _find_level(axis_data, xs, dims, *, found, num_consts):
 batching.fancy_primitive_batchers[_levels_p] = _find_level
 
 
-_whole_p = jex.core.Primitive("diffrax_reversible_whole")
-_own_p = jex.core.Primitive("diffrax_reversible_own")
+_whole_p = Primitive("diffrax_reversible_whole")
+_own_p = Primitive("diffrax_reversible_own")
 
 
 def _abstract(x, shape, spec):

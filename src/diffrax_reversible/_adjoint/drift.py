@@ -4,11 +4,11 @@ import functools as ft
 import math
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._controlled import precision, rms
+from .._jax_compat import eqxi
+from .._method.controlled import precision, rms
 
 
 def distance(rebuilt, stored, y1):

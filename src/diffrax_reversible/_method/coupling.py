@@ -10,16 +10,12 @@ import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
-from ._hoist import tree_add
-from ._solver.base import AbstractReversibleSolver
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .base import AbstractReversibleSolver
+from .tree import stop_gradient, tree_add
 
 
 _SolverState = TypeVar("_SolverState")
-
-
-def stop_gradient(tree: PyTree) -> PyTree:
-    return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
 
 
 class StepInfo(NamedTuple):

@@ -133,7 +133,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, PyTree, UInt8
 
-from ._compat import Y
+from .._compat import Y
 
 
 Tableau: TypeAlias = diffrax.ButcherTableau | diffrax.StochasticButcherTableau

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._compat import Args, RealScalarLike, Y
+from .._compat import Args, RealScalarLike, Y
 
 
 class Increment(NamedTuple):

@@ -3,15 +3,16 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._coupling import AbstractCouplingSolver, stop_gradient
-from ._solver.base import AbstractReversibleSolver
-from ._vmap import where_active
+from .._jax_compat import eqxi
+from .._method.base import AbstractReversibleSolver
+from .._method.coupling import AbstractCouplingSolver
+from .._method.tree import stop_gradient
+from .vmap import where_active
 
 
 # By how many floating-point numbers the start of a step may differ from the end of the

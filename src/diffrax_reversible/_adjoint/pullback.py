@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._batch import Batch
-from ._coupling import AbstractCouplingSolver, Registers, StepInfo
-from ._hoist import Hoisted, Hoister, tree_add
-from ._solver.base import AbstractReversibleSolver
-from ._vmap import where_active
+from .._method.base import AbstractReversibleSolver
+from .._method.coupling import AbstractCouplingSolver, Registers, StepInfo
+from .._method.tree import tree_add
+from .batch import Batch
+from .hoist import Hoisted, Hoister
+from .vmap import where_active
 
 
 class Functions(NamedTuple):

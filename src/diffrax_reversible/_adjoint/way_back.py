@@ -5,20 +5,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from . import _save as save, _times as times_
-from ._compat import is_save_state
-from ._controlled import precision
-from ._drift import distance
-from ._hoist import materialise, tree_add
-from ._pullback import AbstractPullback, comparable, Functions, Rebuilt, Step
-from ._record import Record, Recorder, Segment
-from ._vmap import where_active
+from .._compat import is_save_state
+from .._jax_compat import eqxi
+from .._method.controlled import precision
+from .._method.tree import tree_add
+from . import save as save, times as times_
+from .drift import distance
+from .hoist import materialise
+from .pullback import AbstractPullback, comparable, Functions, Rebuilt, Step
+from .record import Record, Recorder, Segment
+from .vmap import where_active
 
 
 # A branch in the inner loop takes about as long as it does to undo a step of a small
@@ -191,7 +192,7 @@ class WayBack:
         recorder, init_state = self._recorder, self._init_state
 
         # There are two loops for the sake of the inner one, which touches no long array
-        # then: see `_record._BLOCK`. As on the way forward, a batch leaves it together.
+        # then: see `record._BLOCK`. As on the way forward, a batch leaves it together.
         def walk_segment(carry: Carry) -> Carry:
             segment = recorder.read_segment(
                 record, init_state, carry.num_steps, carry.num_slots, first

@@ -6,22 +6,22 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from . import _save as save, _times as times_
-from ._batch import Batch, find_batch, mark_batch
-from ._compat import is_save_state, is_sub_save_at, save_every
-from ._drift import all_finite, check_drift
-from ._guard import once_only, reverse_only, without_tangents
-from ._hoist import Hoisted, Hoister
-from ._pullback import AbstractPullback, Functions, make_pullback, Step
-from ._record import make_recorder, Record, Recorder
-from ._way_back import Ends, WayBack
+from .._compat import is_save_state, is_sub_save_at, save_every
+from .._jax_compat import eqxi
+from . import save as save, times as times_
+from .batch import Batch, find_batch, mark_batch
+from .drift import all_finite, check_drift
+from .guard import once_only, reverse_only, without_tangents
+from .hoist import Hoisted, Hoister
+from .pullback import AbstractPullback, Functions, make_pullback, Step
+from .record import make_recorder, Record, Recorder
+from .way_back import Ends, WayBack
 
 
 inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
@@ -193,8 +193,8 @@ def _loop_fwd(perturbed, inputs, *, hoisted, **kwargs):
         ],
         (final_state.event_tprev, final_state.event_tnext),
     )
-    # Arrays alone. If a program that JAX has cached is differentiated twice then what is
-    # static in here is that of the second time, for both backward passes.
+    # Arrays alone. If a program that JAX has cached is differentiated twice then what
+    # is static in here is that of the second time, for both backward passes.
     return once_only(((final_state, record.num_wanted), (ends, record)))
 
 

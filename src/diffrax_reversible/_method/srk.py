@@ -29,8 +29,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._compat import Args, RealScalarLike, Y
-from ._explicit_rk import combine, Increment
+from .._compat import Args, RealScalarLike, Y
+from .explicit_rk import combine, Increment
 
 
 def _coefficients(tableau: diffrax.StochasticButcherTableau) -> list[Any]:
