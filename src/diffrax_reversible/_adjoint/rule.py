@@ -1,6 +1,5 @@
 """The loop over the steps of a solve, and the rule for its derivative."""
 
-import dataclasses
 import functools as ft
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import PyTree
 
 from .._compat import is_save_state, is_sub_save_at, save_every
 from .._jax_compat import eqxi
+from .._method.tree import replace
 from . import save as save, times as times_
 from .batch import Batch, find_batch, mark_batch
 from .drift import all_finite, check_drift
@@ -31,13 +31,13 @@ def with_arrays(init_state):
     """After a step what the state holds are arrays, and before it too."""
     if init_state.made_jump is True:
         # Or the host takes every step to follow a jump.
-        init_state = dataclasses.replace(init_state, made_jump=jnp.array(True))
+        init_state = replace(init_state, made_jump=jnp.array(True))
     # The initial solver state may hold Python scalars.
     solver_state = jtu.tree_map(
         lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x,
         init_state.solver_state,
     )
-    return dataclasses.replace(init_state, solver_state=solver_state)
+    return replace(init_state, solver_state=solver_state)
 
 
 class Meter:
@@ -144,7 +144,7 @@ def outer_while_loop(
     stop = ft.partial(
         jtu.tree_map, lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x
     )
-    return dataclasses.replace(
+    return replace(
         final_state,
         tnext=stop(final_state.tnext),
         controller_state=stop(final_state.controller_state),
@@ -276,7 +276,7 @@ def _loop_bwd(
     grad_init_state = jtu.tree_map(
         lambda _: None, eqx.filter(init_state, eqx.is_inexact_array)
     )
-    grad_init_state = dataclasses.replace(
+    grad_init_state = replace(
         grad_init_state,
         y=grad_y0,
         solver_state=grad_solver_state0,
@@ -284,7 +284,7 @@ def _loop_bwd(
         # there is no need to put zeros there.
         dense_ts=grad_final_state.dense_ts,
         save_state=jtu.tree_map(
-            lambda s, g: dataclasses.replace(s, ts=g.ts, ys=g.ys),
+            lambda s, g: replace(s, ts=g.ts, ys=g.ys),
             grad_init_state.save_state,
             grad_final_state.save_state,
             is_leaf=is_save_state,

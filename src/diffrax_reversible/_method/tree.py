@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax.lax as lax
 import jax.tree_util as jtu
@@ -23,3 +25,15 @@ def tree_add(x: PyTree, y: PyTree) -> PyTree:
         return a + b
 
     return jtu.tree_map(add, x, y, is_leaf=lambda z: z is None)
+
+
+def replace(module: Any, **fields: Any) -> Any:
+    """As `dataclasses.replace`, but does not go through `__init__`: that checks types,
+    if the module belongs to a package that is type-checked at run time, and gradients
+    are not of them. (`equinox.tree_at` is confused by fields that are empty tuples.)"""
+    children, treedef = jtu.tree_flatten_with_path(
+        module, is_leaf=lambda x: x is not module
+    )
+    new = [fields.pop(path[0].name, child) for path, child in children]
+    assert len(fields) == 0
+    return jtu.tree_unflatten(treedef, new)
