@@ -17,6 +17,7 @@ import optimistix as optx
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible._adjoint import record as _record
 
 from .derivatives import ADJOINT, agree
 from .helpers import relative_difference
@@ -388,6 +389,32 @@ def test_progress_meter(make, batched, capfd):
     assert len(re.findall(r"(?<!\d)0\.00%", shown)) >= 1
     assert "100.00%" in shown
     assert relative_difference(ours, expected) < TOL
+
+
+def test_progress_of_repeated_steps(monkeypatch):
+    # They are made again on the way back, and that is no progress.
+    monkeypatch.setattr(_record, "WINDOW", 16)
+    monkeypatch.setattr(_record, "_BLOCK", 8)
+    seen = []
+
+    class Meter(diffrax.AbstractProgressMeter):
+        def init(self):
+            return None
+
+        def step(self, state, progress):
+            jax.debug.callback(lambda p: seen.append(float(p)), progress)
+
+        def close(self, state):
+            pass
+
+    def loss(max_steps):
+        kwargs = dict(dt0=0.02, max_steps=max_steps, progress_meter=Meter())
+        return lambda w: loss_of(ADJOINT, w, Y0, HEUN, CONSTANT, **kwargs)
+
+    grad = jax.jit(jax.grad(loss(None)))(W)
+    jax.effects_barrier()
+    assert len(seen) == 50
+    assert relative_difference(grad, jax.jit(jax.grad(loss(64)))(W)) < TOL
 
 
 def test_callback_in_a_vector_field():

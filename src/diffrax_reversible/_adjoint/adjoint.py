@@ -122,7 +122,6 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             )
         solver = to_reversible(solver)
         init_state = with_arrays(init_state)
-        progress_meter = Meter(progress_meter)
         num_checkpoints = []
         outer = ft.partial(
             outer_while_loop,
@@ -132,7 +131,6 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             stepsize_controller=stepsize_controller,
             saveat=saveat,
             t1=t1,
-            progress_meter=progress_meter,
             checkpoints=_num_slots(self.checkpoints, init_state.y),
             checkpoint_every=self.checkpoint_every,
             drift_tolerance=self.drift_tolerance,
@@ -148,7 +146,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             saveat=saveat,
             t1=t1,
             init_state=init_state,
-            progress_meter=progress_meter,
+            progress_meter=Meter(progress_meter),
             inner_while_loop=ft.partial(inner_loop, kind="lax"),
             outer_while_loop=outer,
             **kwargs,

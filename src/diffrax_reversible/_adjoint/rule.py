@@ -40,15 +40,20 @@ def with_arrays(init_state):
     return replace(init_state, solver_state=solver_state)
 
 
+class _NoProgress(eqx.Module):
+    """The state of a progress meter while steps are repeated."""
+
+
 class Meter:
     """The user's progress meter, which makes no progress when steps are repeated."""
 
     def __init__(self, meter: diffrax.AbstractProgressMeter):
         self._meter = meter
-        self.is_on = True
 
     def step(self, state, progress):
-        return self._meter.step(state, progress) if self.is_on else state
+        # It is the state that says so, as that is part of whatever is traced.
+        is_off = isinstance(state, _NoProgress)
+        return state if is_off else self._meter.step(state, progress)
 
 
 def outer_while_loop(
@@ -64,7 +69,6 @@ def outer_while_loop(
     stepsize_controller,
     saveat,
     t1,
-    progress_meter,
     checkpoints,
     checkpoint_every,
     drift_tolerance,
@@ -93,7 +97,8 @@ def outer_while_loop(
     )
 
     def rerun(stop):
-        _, record = run(init_state, has_slots=False, stop=stop)
+        start = dataclasses.replace(init_state, progress_meter_state=_NoProgress())
+        _, record = run(start, has_slots=False, stop=stop)
         return record
 
     # What the rule needs, as functions whose constants are explicit.
@@ -113,9 +118,7 @@ def outer_while_loop(
     num_local = hoister.num_consts
     hoister.add("run", run, init_state)
     if recorder.is_window:
-        progress_meter.is_on = False
         hoister.add("rerun", rerun, jnp.array(0))
-        progress_meter.is_on = True
     hoisted, consts = hoister.finish()
 
     controller, unknown = times_.controller_times(stepsize_controller)
