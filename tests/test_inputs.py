@@ -218,6 +218,50 @@ def test_single_precision(promotion, event):
         assert relative_difference(ours, expected) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("coupling", ["auto", 0.999])
+@pytest.mark.one_in(2)
+def test_half_precision(coupling, dtype):
+    # Outside of `jax.jit` a constant in `bfloat16`, as the zero of a coupling, is an
+    # array of NumPy's, of no kind that NumPy knows.
+    solver = dfxr.UReversible(diffrax.Heun(), coupling)
+    # (With other times diffrax would promote `y`.)
+    t0, t1, dt0 = jnp.array([0, 1, 0.125], dtype)
+
+    def loss(adjoint, params):
+        y0s, w = params
+        total = jnp.zeros((), dtype)
+        for y0 in y0s:
+            sol = solve(
+                adjoint,
+                lambda t, y, w: w * y,
+                y0,
+                w,
+                solver,
+                diffrax.ConstantStepSize(),
+                t0=t0,
+                t1=t1,
+                dt0=dt0,
+                saveat=diffrax.SaveAt(t1=True),
+            )
+            total = total + jnp.sum(sol.ys)
+        return total
+
+    params = ((jnp.array(2, dtype), jnp.array([1, 0.5], dtype)), jnp.array(-1, dtype))
+    ours, expected = (
+        jax.grad(ft.partial(loss, adjoint))(params)
+        for adjoint in (
+            dfxr.ReversibleAdjoint(drift_tolerance=None),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    for x, y in zip(jtu.tree_leaves(ours), jtu.tree_leaves(expected), strict=True):
+        assert x.dtype == dtype
+        # Of eight steps.
+        tol = 16 * float(jnp.finfo(dtype).eps)
+        assert relative_difference(x.astype(float), y.astype(float)) < tol
+
+
 #
 # args
 #

@@ -103,7 +103,7 @@ class Hoisted:
             args, fixed = eqx.combine(arrays, static)
             out = self._bind(name, all_own)(*args, *eqx.combine(dynamic, fixed))
             # A constant among the outputs is no JAX array.
-            out = jtu.tree_map(lambda x: jnp.asarray(x) if _is_number(x) else x, out)
+            out = jtu.tree_map(lambda x: jnp.asarray(x) if _is_constant(x) else x, out)
             out, aux = eqx.partition(out, eqx.is_inexact_array)
             aux, static_aux = eqx.partition(aux, eqx.is_array)
             static_out.append(static_aux)
@@ -178,8 +178,9 @@ class Hoister:
         return Hoisted(dict(self._functions)), tuple(self._consts)
 
 
-def _is_number(x: Any) -> bool:
-    return eqx.is_array_like(x) and not eqx.is_array(x)
+def _is_constant(x: Any) -> bool:
+    # NumPy's arrays are among them: to Equinox one in bfloat16 is no inexact array.
+    return eqx.is_array_like(x) and not isinstance(x, jax.Array)
 
 
 def materialise(grad: PyTree, like: PyTree) -> PyTree:
