@@ -479,25 +479,6 @@ def test_no_steps():
     assert jnp.array_equal(gradient(y0), 4 * jnp.ones(3))
 
 
-@pytest.mark.parametrize("y0", [jnp.zeros((0,)), {"a": None}])
-def test_nothing_to_solve(y0):
-    @eqx.filter_jit
-    def loss(y0):
-        sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, args: y),
-            dfxr.UReversible(diffrax.Heun()),
-            0.0,
-            1.0,
-            0.1,
-            y0,
-            adjoint=dfxr.ReversibleAdjoint(),
-        )
-        return sum([jnp.sum(x) for x in jtu.tree_leaves(sol.ys)], jnp.array(0.0))
-
-    grad = eqx.filter_grad(loss)(y0)
-    assert jtu.tree_structure(grad) == jtu.tree_structure(y0)
-
-
 def test_unfinished():
     # The gradient of what was computed before `max_steps` was reached.
     w, y0 = _linear_problem()

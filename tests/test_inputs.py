@@ -17,7 +17,7 @@ import pytest
 import diffrax_reversible as dfxr
 
 from .derivatives import ADJOINT, agree, everything
-from .helpers import from_term, relative_difference, SOLVERS
+from .helpers import from_term, relative_difference, SmoothPath, SOLVERS
 from .test_gradient import TOL, weighted_sum
 
 
@@ -216,6 +216,54 @@ def test_single_precision(promotion, event):
         assert all(x.dtype == jnp.float32 for x in ours)
         # Some tens of steps with some tens of roundings each.
         assert relative_difference(ours, expected) < 1e-3
+
+
+# Without leaves, or with nothing in them. (Such a `y0` is also the whole of a stage, an
+# increment, a register, ...: and `None` must not be taken for one that is not there.)
+NOTHING = [
+    None,
+    *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ({}, jnp.zeros((0,)))),
+]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("y0", NOTHING, ids=["None", "dict", "size-0"])
+def test_nothing_to_solve(y0, name):
+    case = SOLVERS[name]
+    drift = diffrax.ODETerm(lambda t, y, w: jtu.tree_map(lambda x: w * x, y))
+    if case.noise is not None:
+        # (diffrax's product of a diffusion and a control takes no `None`.)
+        y0 = jnp.zeros((0,))
+        diffusion = lambda t, y, w: jnp.ones((0,))
+        path = SmoothPath((), jnp.float64)
+        drift = diffrax.MultiTerm(drift, diffrax.ControlTerm(diffusion, path))
+    terms, y0 = ((drift, drift), (y0, y0)) if case.pair else (drift, y0)
+
+    def loss(adjoint, w):
+        sol = diffrax.diffeqsolve(
+            terms,
+            case.solver,
+            0.0,
+            1.0,
+            0.5,
+            y0,
+            w,
+            saveat=diffrax.SaveAt(
+                ts=[0.3], steps=True, fn=lambda t, y, w: (y, jnp.cos(t * w))
+            ),
+            adjoint=adjoint,
+            max_steps=4,
+        )
+        ys, cosine = sol.ys
+        assert jtu.tree_structure(ys) == jtu.tree_structure(y0)
+        return jnp.sum(jnp.where(jnp.isfinite(cosine), cosine, 0))
+
+    # It need not be zero, as what is saved may depend on anything.
+    w = jnp.array(0.7)
+    expected = -sum(t * jnp.sin(t * w) for t in (0.3, 0.5, 1.0))
+    for adjoint in (ADJOINT, diffrax.RecursiveCheckpointAdjoint()):
+        grad = jax.jit(jax.grad(ft.partial(loss, adjoint)))(w)
+        assert abs(grad - expected) < TOL
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,7 +1,7 @@
 """The increment of an explicit Runge--Kutta method."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -12,6 +12,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._compat import Args, RealScalarLike, Y
+
+
+# In place of a stage that is not evaluated. (`None` is a stage, if `y` is `None`.)
+NOT_THERE: Any = object()
 
 
 class Increment(NamedTuple):
@@ -146,15 +150,15 @@ def _scan_stages(
 
 
 def combine(
-    coefficients: np.ndarray, k: Sequence[PyTree], sign: int, y: PyTree = None
+    coefficients: np.ndarray, k: Sequence[PyTree], sign: int, y: PyTree = NOT_THERE
 ) -> PyTree:
     """`sign` times the weighted sum of the stages `k`, and `y` if it is given. A stage
-    that is `None` counts as zero."""
+    that is `NOT_THERE` counts as zero."""
     # Python scalars, so that the dtype of `k` is kept.
     pairs = [
         (sign * c.item(), ki)
         for c, ki in zip(coefficients, k)
-        if c != 0 and ki is not None
+        if c != 0 and ki is not NOT_THERE
     ]
 
     def sum_leaves(*leaves):
@@ -164,8 +168,8 @@ def combine(
         return total
 
     terms = [jtu.tree_map(lambda x, c=c: c * x, ki) for c, ki in pairs]
-    if y is not None:
+    if y is not NOT_THERE:
         terms = [y, *terms]
     if len(terms) == 0:
-        return jtu.tree_map(lambda x: 0 * x, next(x for x in k if x is not None))
+        return jtu.tree_map(lambda x: 0 * x, next(x for x in k if x is not NOT_THERE))
     return jtu.tree_map(sum_leaves, *terms)

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._compat import Args, RealScalarLike, Y
-from .explicit_rk import combine, Increment
+from .explicit_rk import combine, Increment, NOT_THERE
 
 
 def _coefficients(tableau: diffrax.StochasticButcherTableau) -> list[Any]:
@@ -107,7 +107,7 @@ def srk_increment(
         g_from = diffusion.vf(t_from, y, args)
         gx = [[diffusion.prod(g_from, x)] for x in areas]
 
-    def total(of_drift, of_noise: Sequence[Any], y: PyTree = None):
+    def total(of_drift, of_noise: Sequence[Any], y: PyTree = NOT_THERE):
         rows = [np.ravel(row) for row in (of_drift, *of_noise)]
         vectors = [x for row, k in zip(rows, (hf, *gx)) for x in k[: len(row)]]
         return combine(np.concatenate(rows), vectors, 1, y)
@@ -123,19 +123,19 @@ def srk_increment(
         t_i = t_from if c == 0 else t_to if c == 1 else t_from + c * (t_to - t_from)
         y_i = total(of_drift, of_noise, y)
         if tableau.ignore_stage_f is not None and tableau.ignore_stage_f[i]:
-            hf.append(None)
+            hf.append(NOT_THERE)
         else:
             hf.append(drift.vf_prod(t_i, y_i, args, h))
         if additive:
             continue
         if tableau.ignore_stage_g is not None and tableau.ignore_stage_g[i]:
-            g_i = None
+            g_i = NOT_THERE
         else:
             g_i = diffusion.vf(t_i, y_i, args)
         for k, x in zip(gx, areas):
-            k.append(None if g_i is None else diffusion.prod(g_i, x))
+            k.append(g_i if g_i is NOT_THERE else diffusion.prod(g_i, x))
 
-    first = lambda k: [next(x for x in k if x is not None)]
+    first = lambda k: [next(x for x in k if x is not NOT_THERE)]
     slope = combine(np.ones(1), first(hf), sign)
     if not additive:
         slope = combine(np.full(1, float(sign)), first(gx[0]), 1, slope)
