@@ -97,7 +97,7 @@ def outer_while_loop(
     )
 
     def rerun(stop):
-        start = dataclasses.replace(init_state, progress_meter_state=_NoProgress())
+        start = replace(init_state, progress_meter_state=_NoProgress())
         _, record = run(start, has_slots=False, stop=stop)
         return record
 
