@@ -108,6 +108,112 @@ def test_sum(solver, controller, saveat):
         assert relative_difference(per_example(W, Y0, S), each) < TOL
 
 
+def _shared_loss(kind, solver, sum_over_batch, w, t1, x):
+    """Of which something does not depend on `x`."""
+
+    def vector_field(t, y, w):
+        # The first element may be shared by the batch, and acts on the second.
+        return {"a": -w * y["a"] * (1 + t), "b": jnp.sin(w * y["b"]) + x * y["a"]}
+
+    saveat = {
+        "y": diffrax.SaveAt(t1=True),
+        "steps": diffrax.SaveAt(steps=True),
+        "ts": diffrax.SaveAt(ts=jnp.array([0.2, 0.7, 1.0]) * t1),
+        "dense": diffrax.SaveAt(dense=True),
+    }[kind]
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),
+        solver,
+        0.0,
+        t1,
+        0.2,
+        {"a": jnp.array(1.0), "b": jnp.array(0.5)},
+        w,
+        saveat=saveat,
+        adjoint=dfxr.ReversibleAdjoint(sum_over_batch=sum_over_batch),
+        max_steps=8,
+    )
+    if kind == "dense":
+        ts, ys = sol.t1, sol.evaluate(0.4)
+    else:
+        ts, ys = sol.ts, sol.ys
+    total = lambda x: jnp.sum(jnp.where(jnp.isfinite(x), x, 0) ** 2)
+    return {"a": total(ys["a"]), "b": total(ys["b"]), "ts": total(ts)}
+
+
+# What is used of the results: if only what the batch shares, nothing is batched in the
+# gradients of the outputs.
+@pytest.mark.parametrize("used", ["a", "ab ts"])
+@pytest.mark.parametrize(
+    "kind,solver",
+    [
+        ("y", PUBLISHED),
+        ("ts", PUBLISHED),
+        ("steps", HEUN),
+        ("dense", PUBLISHED),
+        # Whose control is of all of `y`, so that all of it is batched.
+        ("y", RK),
+        ("y", GenericLeapfrog()),
+    ],
+    ids=["y", "ts", "steps", "dense", "controlled", "generic"],
+)
+def test_what_the_batch_shares(kind, solver, used):
+    def loss(sum_over_batch, w, t1, x):
+        out = _shared_loss(kind, solver, sum_over_batch, w, t1, x)
+        return sum(value for name, value in out.items() if name in used)
+
+    w, t1, xs = jnp.array(0.6), jnp.array(0.9), jnp.array([0.1, -0.4, 0.8])
+    # Of each element, outside of any batch.
+    one = ft.partial(jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0), False)
+    each = jtu.tree_map(lambda *g: jnp.stack(g), *[one(w, t1, x) for x in xs])
+    expected = (jnp.sum(each[0]), jnp.sum(each[1]), each[2])
+    for sum_over_batch in (False, True):
+        fn = ft.partial(loss, sum_over_batch)
+        batched = jax.grad(_total(fn, (None, None, 0)), (0, 1, 2))
+        assert relative_difference(jax.jit(batched)(w, t1, xs), expected) < TOL
+        per_example = jax.vmap(jax.grad(fn, (0, 1, 2)), (None, None, 0))
+        assert relative_difference(jax.jit(per_example)(w, t1, xs), each) < TOL
+
+
+@pytest.mark.parametrize("sum_over_batch", [False, True])
+def test_what_the_batches_share(sum_over_batch):
+    # Two batches, of which the inner one is over `x` and the outer one over `w`; and
+    # the other way around; within the derivative or outside of it.
+    def loss(w, t1, x):
+        out = _shared_loss("y", PUBLISHED, sum_over_batch, w, t1, x)
+        return out["a"] + 2 * out["b"] + out["ts"]
+
+    gradient = lambda fn: jax.grad(fn, (0, 1, 2))
+    t1 = jnp.array(0.9)
+    ws, xs = jnp.array([0.6, -0.3]), jnp.array([0.1, -0.4, 0.8])
+    one = jax.jit(gradient(loss))
+    w_grads, t1_grads, x_grads = (
+        jnp.stack(g).reshape(2, 3)
+        for g in zip(*[one(w, t1, x) for w in ws for x in xs])
+    )
+    over_x, over_w = (None, None, 0), (0, None, None)
+    expected = (w_grads.sum(1), t1_grads.sum(), x_grads.sum(0))
+    for inner, outer in ((over_x, over_w), (over_w, over_x)):
+        ours = jax.jit(gradient(_total(_total(loss, inner), outer)))(ws, t1, xs)
+        assert relative_difference(ours, expected) < TOL
+    mixed = jax.jit(jax.vmap(gradient(_total(loss, over_x)), over_w))(ws, t1, xs)
+    expected = (w_grads.sum(1), t1_grads.sum(1), x_grads)
+    assert relative_difference(mixed, expected) < TOL
+    mixed = jax.jit(jax.vmap(gradient(_total(loss, over_w)), over_x))(ws, t1, xs)
+    expected = (w_grads.T, t1_grads.sum(0), x_grads.sum(0))
+    assert relative_difference(mixed, expected) < TOL
+
+    # Forward over reverse.
+    batched = gradient(_total(loss, over_x))
+    tangents = (jnp.array(1.0), jnp.array(0.5), jnp.array([0.3, 1.0, -2.0]))
+    _, ours = jax.jit(lambda *x: jax.jvp(batched, x, tangents))(ws[0], t1, xs)
+    second = jax.jit(lambda *x: jax.jvp(gradient(loss), *x)[1])
+    each = [second((ws[0], t1, x), (*tangents[:2], t)) for x, t in zip(xs, tangents[2])]
+    w_grads, t1_grads, x_grads = (jnp.stack(g) for g in zip(*each))
+    expected = (w_grads.sum(), t1_grads.sum(), x_grads)
+    assert relative_difference(ours, expected) < TOL
+
+
 def _sum(*axes):
     return lambda fn: lambda *x: jnp.sum(jax.vmap(fn, axes)(*x))
 
@@ -139,7 +245,7 @@ def test_mark(nesting, expected, jit):
         return 2 * x * grad, None
 
     square.defvjp(lambda x, mark: (jnp.sum(x**2), (x, mark)), bwd)
-    fn = jit(lambda x: square(x, mark_batch(x)))
+    fn = jit(lambda x: square(x, mark_batch(x, over_devices=False)))
     nesting(fn)(jnp.ones((3, 2)))
     assert sizes[-1] == expected
 

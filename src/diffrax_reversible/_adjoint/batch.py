@@ -27,34 +27,36 @@ from .._jax_compat import ad, batching, mlir, Primitive
 
 
 _mark_p = Primitive("diffrax_reversible_mark")
-_mark_p.def_impl(lambda mark, *xs: mark)
-_mark_p.def_abstract_eval(lambda mark, *xs: mark)
+_mark_p.def_impl(lambda mark, *xs, **kwargs: mark)
+_mark_p.def_abstract_eval(lambda mark, *xs, **kwargs: mark)
 mlir.register_lowering(
-    _mark_p, mlir.lower_fun(lambda mark, *xs: mark, multiple_results=False)
+    _mark_p, mlir.lower_fun(lambda mark, *xs, **kwargs: mark, multiple_results=False)
 )
 
 
-def _mark_batch(axis_data, xs, dims):
-    mark = _mark_p.bind(*xs)
+def _mark_batch(axis_data, xs, dims, *, over_devices):
+    mark = _mark_p.bind(*xs, over_devices=over_devices)
     is_batched = any(d is not None for d in dims[1:])
-    # Over devices, which would exchange their sums in every step.
-    is_sharded = axis_data.spmd_name is not None
-    if not is_batched or is_sharded:
+    is_over_devices = axis_data.spmd_name is not None
+    if not is_batched or (is_over_devices and not over_devices):
         return mark, None
     return jnp.broadcast_to(mark, (axis_data.size, *jnp.shape(mark))), 0
 
 
 batching.fancy_primitive_batchers[_mark_p] = _mark_batch
 # Not bound again, so a batch is not marked that is outside of the derivative.
-ad.primitive_jvps[_mark_p] = lambda xs, tangents: (xs[0], tangents[0])
+ad.primitive_jvps[_mark_p] = lambda xs, tangents, **kwargs: (xs[0], tangents[0])
 
 
-def mark_batch(inputs: PyTree) -> Array:
+def mark_batch(inputs: PyTree, over_devices: bool) -> Array:
     """An array that is batched just where `inputs` are, or a part of them, before they
-    are differentiated. To be handed to the function that is, besides them."""
-    return _mark_p.bind(
-        jnp.array(False), *jtu.tree_leaves(eqx.filter(inputs, eqx.is_array))
-    )
+    are differentiated. To be handed to the function that is, besides them.
+
+    Batches over devices are marked only if `over_devices`: if sums are made in every
+    step, then these would exchange them there.
+    """
+    leaves = jtu.tree_leaves(eqx.filter(inputs, eqx.is_array))
+    return _mark_p.bind(jnp.array(False), *leaves, over_devices=over_devices)
 
 
 class Level(NamedTuple):

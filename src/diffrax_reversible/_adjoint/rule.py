@@ -21,6 +21,7 @@ from .guard import once_only, reverse_only, without_tangents
 from .hoist import Hoisted, Hoister
 from .pullback import AbstractPullback, Functions, make_pullback, Step
 from .record import make_recorder, Record, Recorder
+from .shared import to_first, total
 from .way_back import Ends, WayBack
 
 
@@ -125,10 +126,12 @@ def outer_while_loop(
     times = times_.Times(
         init_state.tprev, t1, tuple(sub.ts for sub in subs), controller
     )
-    inputs = _Inputs(init_state, times, without_tangents(consts), unknown, None)
+    inputs = _Inputs(init_state, times, without_tangents(consts), unknown, None, None)
     inputs = reverse_only(inputs)
+    marks = {"batch": mark_batch(inputs, over_devices=True)}
     if sum_over_batch is not False:
-        inputs = inputs._replace(mark=mark_batch(inputs))
+        marks["summed"] = mark_batch(inputs, over_devices=False)
+    inputs = inputs._replace(**marks)
     final_state, n = _loop(
         inputs,
         hoisted=hoisted,
@@ -163,8 +166,10 @@ class _Inputs(NamedTuple):
     consts: tuple[Any, ...]
     # Whatever is in a step size controller that we do not know.
     unknown: PyTree
-    # `None` if gradients are not to be summed over a batch.
-    mark: Any
+    # Marks of the batches that the solve is in, and of those over which gradients are
+    # to be summed step by step, or `None`.
+    batch: Any
+    summed: Any
 
 
 @eqx.filter_custom_vjp
@@ -217,20 +222,21 @@ def _loop_bwd(
     sum_over_batch,
     passed_solver_state,
 ):
-    init_state, times, consts, unknown, mark = inputs
+    init_state, times, consts, unknown, batch_mark, summed_mark = inputs
     ends, record = residuals
     ends: Ends
     record: Record
-    grad_final_state, _ = grad_out
+    grad_out, _ = grad_out
+    grad_final_state = to_first(batch_mark, grad_out)
     # (What else the steps depend on chooses where they are made, which is a constant.)
     differentiated = frozenset(
         i for i, p in enumerate(perturbed.consts[:num_local]) if p
     )
     wanted = jtu.tree_map(lambda p: p is True, perturbed.times, is_leaf=_is_none)
     perturbed_solver_state = perturbed.init_state.solver_state
-    del inputs, residuals, grad_out, perturbed
+    del residuals, perturbed
     when = (ends.num_steps, ends.tprev, ends.saved, record.steps.times, times.saved)
-    batch = find_batch(mark, consts, when)
+    batch = find_batch(summed_mark, consts, when)
     fns = Functions(hoisted, consts, differentiated, wanted.any_of_steps, batch)
     pullback = pullback.choose(fns, perturbed_solver_state)
     if sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
@@ -274,7 +280,7 @@ def _loop_bwd(
         overflow = ~all_finite(grads) & all_finite(grad_final_state)
         drift = jnp.where(overflow, jnp.inf, carry.drift)
         grads = check_drift(grads, drift, drift_tolerance)
-    grad_y0, grad_solver_state0, grad_consts, grad_times = once_only(grads)
+    grad_y0, grad_solver_state0, grad_consts, grad_times = grads
 
     grad_init_state = jtu.tree_map(
         lambda _: None, eqx.filter(init_state, eqx.is_inexact_array)
@@ -285,21 +291,23 @@ def _loop_bwd(
         solver_state=grad_solver_state0,
         # What was saved during the loop went into places that were empty before it, so
         # there is no need to put zeros there.
-        dense_ts=grad_final_state.dense_ts,
+        dense_ts=grad_out.dense_ts,
         save_state=jtu.tree_map(
             lambda s, g: replace(s, ts=g.ts, ys=g.ys),
             grad_init_state.save_state,
-            grad_final_state.save_state,
+            grad_out.save_state,
             is_leaf=is_save_state,
         ),
     )
-    return _Inputs(
+    grad_inputs = _Inputs(
         grad_init_state,
         grad_times,
         tuple(grad_consts.get(i) for i in range(len(consts))),
         jtu.tree_map(lambda _: None, unknown),
         None,
+        None,
     )
+    return once_only(total(batch_mark, grad_inputs, inputs))
 
 
 # What fits into a cache is faster to be summed at the end, by a tenth. And a sum over a
