@@ -38,11 +38,13 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     `terms`, and values that the vector field, the control, the event function or
     `SaveAt(fn=...)` close over. And with respect to `t0`, `t1`, `SaveAt(ts=...)`, and
     the times in [`diffrax.StepTo`][] and [`diffrax.ClipStepSizeController`][]. All
-    other locations of steps are constants for the purpose of differentiation, and so
-    are `dt0` and the parameters of the step size controller. (The solution depends on
-    them only through its error. So the gradient with respect to a time is that of the
-    true solution up to the order of the solver, and so it is with respect to a jump;
-    but finite differences of a coarse solve differ from it.)
+    other locations of steps are constants for the purpose of differentiation, but for
+    the two next to one of `ClipStepSizeController(step_ts=...)`, which move along with
+    it; and so are `dt0` and the parameters of the step size controller. (The solution
+    depends on them only through its error. So the gradient with respect to a time is
+    that of the true solution up to the order of the solver, and so it is if the vector
+    field jumps at one of `step_ts` or `jump_ts`; but finite differences of a coarse
+    solve differ from it.)
 
     With `max_steps=None` the times of the last 65536 steps are recorded. If there are
     more then parts of the solve are run again on the backward pass, always from its

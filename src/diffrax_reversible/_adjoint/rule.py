@@ -122,10 +122,8 @@ def outer_while_loop(
         hoister.add("rerun", rerun, jnp.array(0))
     hoisted, consts = hoister.finish()
 
-    controller, unknown = times_.controller_times(stepsize_controller)
-    times = times_.Times(
-        init_state.tprev, t1, tuple(sub.ts for sub in subs), controller
-    )
+    *told, unknown = times_.controller_times(stepsize_controller)
+    times = times_.Times(init_state.tprev, t1, tuple(sub.ts for sub in subs), *told)
     inputs = _Inputs(init_state, times, without_tangents(consts), unknown, None, None)
     inputs = reverse_only(inputs)
     marks = {"batch": mark_batch(inputs, over_devices=True)}

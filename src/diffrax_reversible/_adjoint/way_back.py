@@ -60,6 +60,8 @@ class Carry(NamedTuple):
     grad_solver_state: PyTree
     grad_consts: dict[int, Any]
     grad_times: times_.Times
+    # That at `t_after`; or `None` if no gradient asks for it.
+    node: times_.Node | None
     # The largest so far.
     drift: Array
     # What has been rebuilt last, and from what; or `None`. See `_SMALL`.
@@ -158,9 +160,18 @@ class WayBack:
             ),
             grad_consts=fns.zero_consts(save.function_names(fns.hoisted)),
             grad_times=grad_times,
+            node=self._last_node(t1),
             drift=self._zero_drift,
             last=self._last((ends.y, state), (ends.y, state)),
         )
+
+    def _last_node(self, t1) -> times_.Node | None:
+        if not any(self._wanted.clipped):
+            return None
+        # (If it is not the end of the solve then a solve that an event has ended.)
+        grad = self._grad_final_state
+        grads = [g for g in (grad.tprev, grad.event_tnext) if g is not None]
+        return times_.Node(t1, sum(grads, jnp.zeros_like(t1)))
 
     def _last(self, state0, state1):
         if not (self._is_small and self._check_drift):
@@ -312,6 +323,18 @@ class WayBack:
             ):
                 grad = jnp.where(active, grad, 0)
                 grad_times = self._add_time(grad_times, t, grad, at_start)
+        node = carry.node
+        if node is not None:
+            grad_node = jnp.where(active, node.grad + grad_end + grad_t1 + grads.t1, 0)
+            grad_times = times_.move(
+                grad_times, self._times, carry.t1, t0, node.next, grad_node
+            )
+            grad_node = grad_t0 + grads.t0
+            if self._grad_final_state.event_tprev is not None:
+                is_last = carry.num_steps == self._ends.num_steps
+                event_grad = self._grad_final_state.event_tprev
+                grad_node = grad_node + jnp.where(is_last, event_grad, 0)
+            node = times_.Node(carry.t1, grad_node)
         return Carry(
             num_steps=index,
             num_slots=carry.num_slots,
@@ -327,6 +350,7 @@ class WayBack:
             grad_solver_state=_keep(active, grads.solver_state, grad_solver_state0),
             grad_consts=grad_consts,
             grad_times=grad_times,
+            node=node,
             drift=carry.drift if last is not None else jnp.maximum(carry.drift, drift),
             last=last,
         )
