@@ -36,6 +36,12 @@ def _jvp_rule(p):
     return jvp
 
 
+def _transpose(grad, mark, x, *rest):
+    # (Never used. But JAX looks for it before `once_only` is asked, which refuses it.)
+    del mark, x
+    return (None, grad, *[None for _ in rest])
+
+
 for _p in (_to_first_p, _total_p):
     _p.def_impl(lambda mark, x, *rest: x)
     _p.def_abstract_eval(lambda mark, x, *rest: x)
@@ -43,6 +49,7 @@ for _p in (_to_first_p, _total_p):
         _p, mlir.lower_fun(lambda mark, x, *rest: x, multiple_results=False)
     )
     ad.primitive_jvps[_p] = _jvp_rule(_p)
+    ad.primitive_transposes[_p] = _transpose
 
 
 def _to_first_batch(axis_data, xs, dims):
@@ -79,7 +86,7 @@ def total(mark: Any, grads: PyTree, inputs: PyTree) -> PyTree:
     """The gradients of `inputs`, summed over the batches that share these. (`None`
     stays.)"""
     return jtu.tree_map(
-        lambda g, x: None if g is None else _total_p.bind(mark, g, x),
+        lambda g, x: None if g is None or x is None else _total_p.bind(mark, g, x),
         grads,
         eqx.filter(inputs, eqx.is_inexact_array),
         is_leaf=lambda x: x is None,
