@@ -58,10 +58,12 @@ class Counter:
         return out
 
 
-def _count(solver, controller=None, pair=False):
+def _count(solver, controller=None, pair=False, interpolates=True):
     counter = Counter()
     term = diffrax.ODETerm(lambda t, y, args: counter.vector_field(y))
     terms = (term, term) if pair else term
+    ts = jnp.linspace(0, 1, 4)
+    saveat = diffrax.SaveAt(ts=ts) if interpolates else diffrax.SaveAt(t1=True)
 
     @jax.jit
     def solve(y0):
@@ -73,7 +75,7 @@ def _count(solver, controller=None, pair=False):
             0.1,
             (y0, y0) if pair else y0,
             stepsize_controller=controller or diffrax.ConstantStepSize(),
-            saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 4)),
+            saveat=saveat,
             adjoint=dfxr.ReversibleAdjoint(),
             max_steps=20,
         )
@@ -100,12 +102,22 @@ def _count(solver, controller=None, pair=False):
     ids=lambda x: type(x).__name__,
 )
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_evaluations_u_reversible(base, stages, adaptive):
+@pytest.mark.parametrize("interpolates", [False, True])
+def test_evaluations_u_reversible(base, stages, adaptive, interpolates):
     # With an error estimate too: its last stage is shared with the second increment.
     controller = diffrax.PIDController(rtol=1e-2, atol=1e-2) if adaptive else None
-    n, forward, backward, pullbacks = _count(dfxr.UReversible(base), controller)
-    assert forward == 2 * stages * n
-    assert backward == pullbacks == 2 * stages * n
+    n, forward, backward, pullbacks = _count(
+        dfxr.UReversible(base), controller, interpolates=interpolates
+    )
+    assert forward == backward == 2 * stages * n
+    # The second increment is not differentiated, but for the slope at the end of the
+    # step if that is a part of the interpolation.
+    assert pullbacks == (stages + interpolates) * n
+
+
+def test_evaluations_u_reversible_with_a_number():
+    n, forward, backward, pullbacks = _count(dfxr.UReversible(diffrax.Heun(), 0.999))
+    assert forward == backward == pullbacks == 4 * n
 
 
 @pytest.mark.parametrize("coupling_parameter", ["auto", 0.9])

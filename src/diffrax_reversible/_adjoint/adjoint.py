@@ -51,14 +51,16 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     start: for 2e5 steps that costs another solve in all, and for 1e6 steps seven.
 
     Second derivatives can be had by forward over reverse mode, `jax.jvp` of `jax.grad`;
-    but see [`diffrax_reversible.UReversible`][] on steps that are damped.
+    but not with [`diffrax_reversible.UReversible`][], unless its coupling is a number.
 
     **Raises:**
 
     - `ValueError` if the solver is not reversible, or for a
         [`diffrax.UnsafeBrownianPath`][].
-    - `NotImplementedError` in forward mode; and when differentiating with respect to
-        something in a step size controller that is not one of diffrax's own.
+    - `NotImplementedError` in forward mode; for second derivatives with
+        `UReversible(..., coupling_parameter="auto")`; and when differentiating with
+        respect to something in a step size controller that is not one of diffrax's
+        own.
     - `RuntimeError` in reverse over reverse mode.
     - `RuntimeError`, by the gradient alone and under `jax.jit` too, if the solver asked
         for more checkpoints than there are; if the backward pass does not arrive at the

@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver, Registers, StepInfo
-from .._method.tree import tree_add
+from .._method.tree import stop_gradient, tree_add
 from .batch import Batch
 from .hoist import Hoisted, Hoister
 from .vmap import where_active
@@ -309,13 +309,18 @@ class CouplingPullback(AbstractPullback):
 
             def shift(fixed, t0, t1, control, others, value, coupling=coupling):
                 info = StepInfo(terms, t0, t1, args, control, fixed, value)
-                return coupling.shift(info, others)
+                shift, info_k = coupling.shift_at(info, others)
+                if solver.is_constant(coupling):
+                    shift = stop_gradient(shift)
+                return shift, info_k
 
             others = coupling.others(registers)
             value_k = value if self._has_value(k) else None
-            _, info_k = hoister.add(
-                f"shift_{k}", shift, fixed, t0, t1, control, others, value_k
-            )
+            info_k = {}
+            if coupling.shift is not None:
+                _, info_k = hoister.add(
+                    f"shift_{k}", shift, fixed, t0, t1, control, others, value_k
+                )
             infos.append(info_k)
             if callable(coupling.scale):
                 hoister.add(f"scale_{k}", coupling.scale, fixed)
@@ -346,11 +351,17 @@ class CouplingPullback(AbstractPullback):
 
     def _scale(self, fns, k, fixed):
         """The scale, and a function that takes its gradient to the constants."""
-        scale = self.couplings[k].scale
-        if not callable(scale):
-            return scale, None
+        coupling = self.couplings[k]
+        if not callable(coupling.scale):
+            return coupling.scale, None
+        if coupling.register in self.solver.constants:
+            return fns.call(f"scale_{k}", fixed), None
         out, pull = fns.vjp(f"scale_{k}", (fixed,), ())
         return out, pull if fns.depends(f"scale_{k}") else None
+
+    def _drop_constants(self, grads: list[PyTree]) -> list[PyTree]:
+        constants = self.solver.constants
+        return [None if i in constants else g for i, g in enumerate(grads)]
 
     def prime(self, fns, t1, y1, solver_state):
         if not self.solver.has_evaluate:
@@ -403,14 +414,20 @@ class CouplingPullback(AbstractPullback):
                 own_constant, varying = constant, (control, others, value)
             else:
                 own_constant, varying = (*constant, control), (others, value)
-            (shift, infos[k]), pulls[k] = fns.vjp(
-                f"shift_{k}", own_constant, (*varying_times, *varying)
-            )
+            varying = (*varying_times, *varying)
+            if coupling.shift is None:
+                shift, infos[k] = None, {}
+            elif solver.is_constant(coupling) and not want_dense_info:
+                shift, infos[k] = fns.call(f"shift_{k}", *own_constant, *varying)
+            else:
+                (shift, infos[k]), pulls[k] = fns.vjp(
+                    f"shift_{k}", own_constant, varying
+                )
             scales[k], pull_scales[k] = self._scale(fns, k, fixed)
-            coupling.undo(registers, scales[k], shift, fixed)
+            coupling.undo(registers, scales[k], shift)
             unscaled[k] = registers[coupling.register]
             shifts[k] = shift
-        registers0 = tuple(registers)
+        registers0 = solver.rebuilt(registers)
         if solver.has_evaluate:
             # All linearisations of `evaluate` differ only in their residuals.
             assert with_residuals is not None
@@ -450,18 +467,21 @@ class CouplingPullback(AbstractPullback):
                 add_consts(new)
                 grad_registers1 = tree_add(grad_registers1, grad_finish1)
 
-            grads = solver._unpermute(grad_registers1)
+            grads = self._drop_constants(solver._unpermute(grad_registers1))
             for k in reversed(range(len(self.couplings))):
                 coupling = self.couplings[k]
                 i = coupling.register
-                new, (*grad_others_k, grad_others, grad_value_k) = pulls[k](
-                    (_of_dtype(coupling.grad_shift(grads), shifts[k]), grad_infos[k])
-                )
-                add_consts(new)
-                if control_varies:
-                    grad_control = tree_add(grad_control, grad_others_k.pop())
-                if fns.times_vary:
-                    grad_times = tree_add(grad_times, tuple(grad_others_k))
+                grad_others = grad_value_k = None
+                if pulls[k] is not None:
+                    grad_shift = _of_dtype(coupling.grad_shift(grads), shifts[k])
+                    new, (*grad_others_k, grad_others, grad_value_k) = pulls[k](
+                        (grad_shift, grad_infos[k])
+                    )
+                    add_consts(new)
+                    if control_varies:
+                        grad_control = tree_add(grad_control, grad_others_k.pop())
+                    if fns.times_vary:
+                        grad_times = tree_add(grad_times, tuple(grad_others_k))
                 if pull_scales[k] is not None:
                     _, pull_product = jax.vjp(
                         lambda s, k=k: jtu.tree_map(lambda x: s * x, unscaled[k]),
@@ -469,8 +489,10 @@ class CouplingPullback(AbstractPullback):
                     )
                     new, _ = pull_scales[k](*pull_product(grads[i]))
                     add_consts(new)
-                coupling.pull_scale(grads, scales[k], fixed)
-                coupling.add_others(grads, grad_others)
+                coupling.pull_scale(grads, scales[k])
+                if grad_others is not None:
+                    coupling.add_others(grads, grad_others)
+                    grads = self._drop_constants(grads)
                 if self._has_value(k):
                     if k == 0:
                         grad_value0 = grad_value_k
@@ -490,6 +512,10 @@ class CouplingPullback(AbstractPullback):
                     grad_times = tree_add(grad_times, grad_times_control)
             if grad_finish0 is not None:
                 grads = [tree_add(g, h) for g, h in zip(grads, grad_finish0)]
+            for i in solver.constants:
+                grads[i] = jtu.tree_map(
+                    jnp.zeros_like, eqx.filter(registers0[i], eqx.is_inexact_array)
+                )
             grad_y0, grad_solver_state0 = solver.merge(
                 Registers(tuple(grads), grad_value0, grad_fixed, grad_memo)
             )

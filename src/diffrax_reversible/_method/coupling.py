@@ -1,6 +1,5 @@
 import abc
-import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import diffrax
@@ -54,46 +53,28 @@ def _times(scale: Any, x: Any):
     return (scale.astype(x.dtype) if eqx.is_array(scale) else scale) * x
 
 
-@jax.custom_jvp
-def scaled(scale: Any, gradient_scale: Any, x: Any):
-    """`scale * x`, with `gradient_scale` for its derivative by `x`."""
-    del gradient_scale
-    return _times(scale, x)
-
-
-@scaled.defjvp
-def _scaled_jvp(primals, tangents):
-    scale, gradient_scale, x = primals
-    _, _, t_x = tangents
-    return scaled(scale, gradient_scale, x), _times(gradient_scale, t_x)
-
-
 def _over(scale: Any, x: Any):
     return x / (scale.astype(x.dtype) if eqx.is_array(scale) else scale)
 
 
 @jax.custom_jvp
-def _unscaled(scale: Any, gradient_scale: Any, x: Any):
-    """The inverse of `scaled`."""
-    del gradient_scale
-    return _over(scale, x)
+def not_twice(tree: PyTree) -> PyTree:
+    """The identity, that raises an error if it is differentiated."""
+    return tree
 
 
-@_unscaled.defjvp
-def _unscaled_jvp(primals, tangents):
-    # Forward over reverse mode. A derivative that has been scaled by zero is lost.
-    scale, gradient_scale, x = primals
-    _, _, t_x = tangents
-    t_out = eqx.error_if(
-        _over(scale, t_x),
-        scale != gradient_scale,
+@not_twice.defjvp
+def _not_twice_jvp(primals, tangents):
+    # What counts as a constant on the way forward is rebuilt from what does not, with a
+    # tangent that would be wrong.
+    del primals, tangents
+    raise NotImplementedError(
         "The backward pass of `adjoint=ReversibleAdjoint()` cannot be differentiated "
-        "where a step counts a part of the solver state as a constant, as "
-        '`UReversible(..., coupling_parameter="auto")` does in steps that it damps. '
-        "For second derivatives use a number for the coupling parameter, or "
-        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
+        "if the solver counts a part of its state as a constant, as "
+        '`UReversible(..., coupling_parameter="auto")` does. For second derivatives '
+        "use a number for the coupling parameter, as in `UReversible(base, 0.999)`, or "
+        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
     )
-    return _unscaled(scale, gradient_scale, x), t_out
 
 
 def _is_one(scale: RealScalarLike) -> bool:
@@ -113,13 +94,12 @@ class Coupling(eqx.Module):
     """
 
     register: int = eqx.field(static=True)
-    shift: Callable[
-        [StepInfo, tuple[PyTree, ...]], tuple[PyTree, dict[str, PyTree]]
-    ] = eqx.field(static=True)
+    shift: (
+        Callable[[StepInfo, tuple[PyTree, ...]], tuple[PyTree, dict[str, PyTree]]]
+        | None
+    ) = eqx.field(static=True)
     # A number or a function. (Checked below, with a message better than a checker's.)
     scale: Any = eqx.field(static=True, default=1.0)
-    # A function, or `None`.
-    gradient_scale: Any = eqx.field(static=True, default=None)
     also: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -147,48 +127,44 @@ class Coupling(eqx.Module):
     def scale_at(self, fixed: PyTree) -> Any:
         return self.scale(fixed) if callable(self.scale) else self.scale
 
-    def apply(
-        self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree, fixed
-    ):
+    def shift_at(
+        self, step: StepInfo, others: tuple[PyTree, ...]
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        return (None, {}) if self.shift is None else self.shift(step, others)
+
+    def apply(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
         """Updates `registers`, in place."""
         i = self.register
-        if self.gradient_scale is not None:
-            times = ft.partial(scaled, scale, self.gradient_scale(fixed))
-            registers[i] = jtu.tree_map(times, registers[i])
-        elif not _is_one(scale):
+        if not _is_one(scale):
             registers[i] = jtu.tree_map(lambda x: _times(scale, x), registers[i])
-        for j in self._updated:
-            registers[j] = jtu.tree_map(lambda x, s: x + s, registers[j], shift)
+        if self.shift is not None:
+            for j in self.updated:
+                registers[j] = jtu.tree_map(lambda x, s: x + s, registers[j], shift)
 
-    def undo(
-        self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree, fixed
-    ):
+    def undo(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
         """The inverse of `apply`."""
         i = self.register
-        for j in self._updated:
-            registers[j] = jtu.tree_map(lambda x, s: x - s, registers[j], shift)
-        if self.gradient_scale is not None:
-            over = ft.partial(_unscaled, scale, self.gradient_scale(fixed))
-            registers[i] = jtu.tree_map(over, registers[i])
-        elif not _is_one(scale):
+        if self.shift is not None:
+            for j in self.updated:
+                registers[j] = jtu.tree_map(lambda x, s: x - s, registers[j], shift)
+        if not _is_one(scale):
             registers[i] = jtu.tree_map(lambda x: _over(scale, x), registers[i])
 
-    def pull_scale(self, grads: list[PyTree], scale: RealScalarLike, fixed):
+    def pull_scale(self, grads: list[PyTree], scale: RealScalarLike):
         """The part of the pullback that does not go through `shift`."""
-        if self.gradient_scale is not None:
-            scale = self.gradient_scale(fixed)
         if not _is_one(scale):
             i = self.register
             grads[i] = jtu.tree_map(lambda g: _times(scale, g), grads[i])
 
     @property
-    def _updated(self) -> tuple[int, ...]:
+    def updated(self) -> tuple[int, ...]:
+        """The registers that it updates."""
         return (self.register,) if self.also is None else (self.register, self.also)
 
     def others(self, registers) -> tuple[PyTree, ...]:
         # `None` in its own place, so that a coupling that reads what it updates, and so
         # could not be undone, fails when it is traced.
-        out = [None if i in self._updated else x for i, x in enumerate(registers)]
+        out = [None if i in self.updated else x for i, x in enumerate(registers)]
         if self.also is not None:
             out[self.register] = jtu.tree_map(
                 lambda x, y: x - y, registers[self.register], registers[self.also]
@@ -219,14 +195,11 @@ Coupling.__init__.__doc__ = """**Arguments:**
     for the one that is updated. Should return a pair: the increment, of the structure,
     shapes and dtypes of the register, and a dictionary with whatever else
     [`diffrax_reversible.AbstractCouplingSolver.finish`][] shall have from this
-    coupling. Usually a bound method of the solver.
+    coupling. Usually a bound method of the solver. If it is `None` then the register
+    is only scaled.
 - `scale`: The factor `alpha`; must not be zero. Either a number, or a function that
     takes `StepInfo.fixed` and returns a scalar. (Such a function may return zero in a
     step for which `needs_checkpoint` or `wants_checkpoint` is true.)
-- `gradient_scale`: A function like `scale`, with a value to be used in its place when
-    differentiating with respect to the register; by default there is none. For solvers
-    that count a part of their state among the constants. (Then forward over reverse
-    mode raises an error, if in any step the two differ.)
 - `also`: Another register, to which the same increment is added. What `shift` is given
     in the place of `register` is then the difference of the two, `registers[register]
     - registers[also]`, which does not change. For solvers that keep a copy of a
@@ -299,6 +272,14 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
     permutation: ClassVar[tuple[int, ...] | None] = None
     # Whether the solver has `evaluate`.
     has_evaluate: ClassVar[bool] = False
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """Which of the registers count as constants when a step is differentiated, as
+        the size of the step does; by default none. A coupling that updates no others
+        is not differentiated. (But for what its `shift` returns for `finish`. There,
+        apply `jax.lax.stop_gradient` to what does not go into it.)"""
+        return ()
 
     @property
     def resets(self) -> bool:
@@ -441,6 +422,23 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
                 )
         return couplings
 
+    def is_constant(self, coupling: Coupling) -> bool:
+        return set(coupling.updated) <= set(self.constants)
+
+    def _stop(self, registers: Sequence[PyTree]) -> list[PyTree]:
+        constants = self.constants
+        return [
+            stop_gradient(x) if i in constants else x for i, x in enumerate(registers)
+        ]
+
+    def rebuilt(self, registers: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """Those at the start of a step, when it has been undone."""
+        out = tuple(registers)
+        if len(self.constants) == 0:
+            return out
+        dynamic, static = eqx.partition(out, eqx.is_inexact_array)
+        return eqx.combine(not_twice(dynamic), static)
+
     def _permute(self, registers):
         if self.permutation is None:
             return tuple(registers)
@@ -468,6 +466,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         if self.resets:
             start, made_jump = self.reset(start, made_jump)
         registers0, value, fixed, memo = start
+        registers0 = tuple(self._stop(registers0))
         info = StepInfo(terms, t0, t1, args, self.control(terms, t0, t1, fixed), fixed)
         if self.has_evaluate and made_jump is not False:
             value = lax.cond(
@@ -482,11 +481,12 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
             if self.has_evaluate and k == len(couplings) - 1:
                 value = self.evaluate(terms, t1, coupling.others(registers), args)
             at_end = k in (0, len(couplings) - 1)
-            shift, info_k = coupling.shift(
+            shift, info_k = coupling.shift_at(
                 info._replace(value=value if at_end else None),
                 coupling.others(registers),
             )
-            coupling.apply(registers, coupling.scale_at(fixed), shift, fixed)
+            coupling.apply(registers, coupling.scale_at(fixed), shift)
+            registers = self._stop(registers)
             infos.append(info_k)
         registers1 = self._permute(registers)
         infos = tuple(infos)
@@ -520,13 +520,13 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
             if self.has_evaluate and k == 0:
                 value = self.evaluate(terms, t0, coupling.others(registers), args)
             at_end = k in (0, len(couplings) - 1)
-            shift, info_k = coupling.shift(
+            shift, info_k = coupling.shift_at(
                 info._replace(value=value if at_end else None),
                 coupling.others(registers),
             )
-            coupling.undo(registers, coupling.scale_at(fixed), shift, fixed)
+            coupling.undo(registers, coupling.scale_at(fixed), shift)
             infos.append(info_k)
-        registers0 = tuple(registers)
+        registers0 = self.rebuilt(registers)
         _, dense_info = self.finish(registers0, registers1, tuple(reversed(infos)))
         y0, solver_state0 = self.merge(Registers(registers0, value, fixed, memo))
         return y0, dense_info, solver_state0

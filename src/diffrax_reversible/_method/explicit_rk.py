@@ -48,6 +48,7 @@ def explicit_rk_increment(
     control: PyTree,
     sign: int,
     scan: bool | None = None,
+    first: Y | None = None,
 ) -> Increment:
     r"""The increment $\Psi$ of one step of an explicit Runge--Kutta method that starts
     from `y` at `t_from` and goes to `t_to`.
@@ -60,7 +61,7 @@ def explicit_rk_increment(
 
     The stages are made by a loop, if `scan`, or unrolled. In either case no stage is
     evaluated that does not contribute. By default that is whichever is expected to run
-    faster, unless it takes long to compile.
+    faster, unless it takes long to compile. The first stage may be given as `first`.
     """
     stages = num_evaluations(tableau)
     ts = [t_from]
@@ -71,10 +72,10 @@ def explicit_rk_increment(
     if scan is None:
         scan = _is_better_in_a_loop(stages, term, t_from, y, args, control)
     if scan and stages > 1:
-        k = _scan_stages(tableau, term, ts, y, args, control, sign)
+        k = _scan_stages(tableau, term, ts, y, args, control, sign, first)
     else:
-        k = []
-        for i, t_i in enumerate(ts):
+        k = [] if first is None else [first]
+        for i, t_i in list(enumerate(ts))[len(k) :]:
             y_i = y if i == 0 else combine(tableau.a_lower[i - 1], k, sign, y)
             k.append(term.vf_prod(t_i, y_i, args, control))
     return Increment(
@@ -127,6 +128,7 @@ def _scan_stages(
     args: Args,
     control: PyTree,
     sign: int,
+    first: Y | None,
 ) -> list[PyTree]:
     n = len(ts)
     a = np.zeros((n, n))
@@ -144,8 +146,13 @@ def _scan_stages(
         k_i = term.vf_prod(t_i, y_i, args, control)
         return jtu.tree_map(lambda x, x_i: x.at[i].set(x_i), k, k_i), None
 
-    empty = jtu.tree_map(lambda x: jnp.zeros((n, *x.shape), x.dtype), struct)
-    k, _ = lax.scan(stage, empty, (np.arange(n), jnp.stack(ts), rows))
+    k = jtu.tree_map(lambda x: jnp.zeros((n, *x.shape), x.dtype), struct)
+    num_given = 0
+    if first is not None:
+        num_given = 1
+        k = jtu.tree_map(lambda x, x_0: x.at[0].set(x_0), k, first)
+    xs = (np.arange(n), jnp.stack(ts), rows)
+    k, _ = lax.scan(stage, k, jtu.tree_map(lambda x: x[num_given:], xs))
     return [jtu.tree_map(lambda x, i=i: x[i], k) for i in range(n)]
 
 

@@ -16,6 +16,7 @@ from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, Step
 from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
 from .._method.interpolation import has_own_interpolation
 from .._method.srk import srk_control, srk_increment
+from .._method.tree import stop_gradient
 
 
 _SolverState: TypeAlias = PyTree
@@ -51,10 +52,9 @@ class UReversible(
 
     The choice is a part of the step, and made from `y`, `z` and the error estimate:
     the solution does not depend on the adjoint, nor on rejected steps. For the purpose
-    of differentiation it is a constant; and where $0.4 \leq m < 1$ so is $m (y_n -
-    z_n)$, as the derivative of the discrete solution would else not be close to that
-    of the true one. (It is the same for all adjoints, but not for finite differences
-    of a coarse solve.)
+    of differentiation it is a constant, and so is $y_n - z_n$: the derivative of a step
+    is that of a step of the wrapped solver from $z'$. (It is the same for all adjoints,
+    but not for finite differences of a coarse solve.)
 
     If `coupling_parameter` is a number $\lambda$ then a step is that of the reference
     instead,
@@ -67,12 +67,13 @@ class UReversible(
     that it is adaptive. Each step makes `2s` evaluations of the vector field, where `s`
     is the number of stages of the wrapped solver (not counting a last stage that only
     its error estimate needs, for that is the first stage of the second increment); and
-    with [`diffrax_reversible.ReversibleAdjoint`][] it makes `2s` evaluations, each with
-    its pullback, on the backward pass. The solver state is `(y - z, code, account)`, or
-    `z` if the coupling is a number. Here `y - z` and `z` are of the structure, shapes
-    and dtypes of `y`, `code` is the coupling as a `uint8` (recorded, so that it takes a
-    byte a step), and the account holds a real scalar for each leaf of `y` (two for an
-    SDE) and one more, and a boolean.
+    with [`diffrax_reversible.ReversibleAdjoint`][] it makes `2s` evaluations on the
+    backward pass, of which `s` with a pullback (one more for output at times between
+    steps); or all of them, if the coupling is a number. The solver state is `(y - z,
+    code, account)`, or `z` if the coupling is a number. Here `y - z` and `z` are of the
+    structure, shapes and dtypes of `y`, `code` is the coupling as a `uint8` (recorded,
+    so that it takes a byte a step), and the account holds a real scalar for each leaf
+    of `y` (two for an SDE) and one more, and a boolean.
 
     Uses the interpolation of the wrapped solver for dense/ts output, on the stages of
     the first increment. So its error is of the same order at all times: 5 for `Tsit5`
@@ -176,6 +177,15 @@ class UReversible(
         return self.solver.error_order(terms)
 
     @property
+    def _interpolates_with_slope(self) -> bool:
+        """Whether the slope at the end of the step goes into `dense_info`."""
+        if self._is_srk:
+            return False
+        return not (
+            has_own_interpolation(self.solver) and uses_last_stage(self._tableau)
+        )
+
+    @property
     def _controlled(self) -> bool:
         return self.coupling_parameter == "auto"
 
@@ -243,17 +253,16 @@ class UReversible(
             return account.wants_checkpoint
         return False
 
+    @property
+    def constants(self) -> tuple[int, ...]:
+        return (1,) if self._controlled else ()
+
     def couplings(self) -> tuple[Coupling, ...]:
         if self._controlled:
             # Of `y` and `d = y - z`. As a number of its own `d` can be small to a
             # precision that the difference of two numbers does not have.
             return (
-                Coupling(
-                    1,
-                    self._keep,
-                    scale=controlled.coupling,
-                    gradient_scale=controlled.gradient_coupling,
-                ),
+                Coupling(1, None, scale=controlled.coupling),
                 Coupling(0, self._advance, also=1),
                 Coupling(1, self._advance_difference),
             )
@@ -262,10 +271,6 @@ class UReversible(
             Coupling(1, self._advance_z),
         )
 
-    def _keep(self, step: StepInfo, registers: tuple[PyTree, ...]):
-        y0, _ = registers
-        return jtu.tree_map(jnp.zeros_like, y0), {}
-
     def _advance(self, step: StepInfo, registers: tuple[PyTree, ...]):
         # `y - d`, in the place of `y`.
         z0, _ = registers
@@ -273,7 +278,13 @@ class UReversible(
 
     def _advance_difference(self, step: StepInfo, registers: tuple[PyTree, ...]):
         y1, _ = registers
-        return self._return(step, y1)
+        slope = None
+        if self._interpolates_with_slope:
+            # All else is a constant. Without the derivative of this one, that of the
+            # interpolation would be wrong.
+            slope = step.terms.vf_prod(step.t1, y1, step.args, step.control)
+        shift, info = self._return(*stop_gradient((step, y1, slope)))
+        return shift, info if slope is None else dict(k=slope)
 
     def _advance_y(self, step: StepInfo, registers: tuple[PyTree, ...]):
         _, z0 = registers
@@ -293,13 +304,15 @@ class UReversible(
             return srk_control(self._tableau, terms, t0, t1)
         return terms.contr(t0, t1)
 
-    def _increment(self, step: StepInfo, y: PyTree, sign: int) -> Increment:
+    def _increment(
+        self, step: StepInfo, y: PyTree, sign: int, first: PyTree = None
+    ) -> Increment:
         t_from, t_to = (step.t0, step.t1) if sign == 1 else (step.t1, step.t0)
         if self._is_srk:
             increment = srk_increment
         else:
             scan = None if self.scan_kind is None else True
-            increment = ft.partial(explicit_rk_increment, scan=scan)
+            increment = ft.partial(explicit_rk_increment, scan=scan, first=first)
         return increment(
             self._tableau,
             step.terms,
@@ -315,8 +328,8 @@ class UReversible(
         psi = self._increment(step, y, 1)
         return psi.increment, dict(k=psi.k, error=psi.error)
 
-    def _return(self, step: StepInfo, y: PyTree):
-        psi = self._increment(step, y, -1)
+    def _return(self, step: StepInfo, y: PyTree, first: PyTree = None):
+        psi = self._increment(step, y, -1, first)
         return psi.increment, dict(k=psi.k[0])
 
     def finish(self, registers0, registers1, infos):
@@ -372,7 +385,7 @@ UReversible.__init__.__doc__ = """**Arguments:**
     vector field has a matrix product, a convolution or a loop in it, and if that makes
     no more than 1000 operations in all stages. If its
     `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are made by a loop
-    (of one kind, whichever it is), so that the vector field is compiled 2 times in a
+    (of one kind, whichever it is), so that the vector field is compiled 3 times in a
     step and not `2s` times. That is for vector fields that take long to compile.
 - `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
     number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
