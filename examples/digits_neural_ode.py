@@ -8,10 +8,9 @@ trained with, in single precision.
 
 Then the same gradient is taken with more and more steps, and its memory (what the
 compiler allocates for temporaries) and time are put next to those of diffrax's default,
-`RecursiveCheckpointAdjoint()` on plain `diffrax.Heun()`. `ReversibleAdjoint()` has 128
-slots for checkpoints in single precision, whether they are used or not, and so takes
-*more* memory if there are few steps. `sol.stats["num_checkpoints"]` tells how many were
-asked for; here that is none, so `ReversibleAdjoint(checkpoints=4)` is more than enough.
+`RecursiveCheckpointAdjoint()` on plain `diffrax.Heun()`. `ReversibleAdjoint()` has up
+to 16 slots for states that are wanted; `sol.stats["num_checkpoints"]` tells how many
+were, and `ReversibleAdjoint(checkpoints=4)` takes less memory.
 
 Run as `python digits_neural_ode.py [--quick] [--output PATH]`.
 """

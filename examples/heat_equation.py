@@ -12,15 +12,14 @@ fit:
 - `RecursiveCheckpointAdjoint(checkpoints=num_steps + 1)` keeps every step;
 - `RecursiveCheckpointAdjoint()`, the default of diffrax, keeps about the square root of
   twice their number, and computes the others again;
-- `ReversibleAdjoint()` has 64 slots, and walks back from each;
+- `ReversibleAdjoint()` has 16 slots, and makes again what is wanted and not in one;
 - `ReversibleAdjoint(checkpoints=24)` has a few more than the fit asks for.
 
-The heat equation forgets. So it cannot be undone without checkpoints, and here one is
-needed for every five hundred steps or more: `sol.stats["num_checkpoints"]` says so. The
-steps are well below the limit of stability. Close to it a step forgets some fifty times
-as much, and `RecursiveCheckpointAdjoint` is the better method. (Nor would one solve
-this problem by so many steps for the sake of accuracy. What is shown is what a gradient
-through so many steps takes.)
+The heat equation forgets. So it cannot be undone from its end alone, and here a state
+is wanted for every five hundred steps or more: `sol.stats["num_checkpoints"]` says so.
+The steps are well below the limit of stability. Close to it a step forgets some fifty
+times as much. (Nor would one solve this problem by so many steps for the sake of
+accuracy. What is shown is what a gradient through so many steps takes.)
 
 The solver is `AsynchronousLeapfrog(full_sync=True)`, of two evaluations a step; the
 other adjoints are given `diffrax.Heun()`, which is of the same order and cost.

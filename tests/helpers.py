@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 import diffrax_reversible as dfxr
+from diffrax_reversible._adjoint import forward, plan, replay, steps, way_back
 
 
 #
@@ -171,7 +172,7 @@ U = dfxr.UReversible
 SOLVERS = {
     # With a coupling drawn down to 1/8 where steps are made one by one.
     "UReversible-Heun": SolverCase(
-        U(diffrax.Heun()), 2, adaptive=True, amplification=8
+        U(diffrax.Heun()), 2, adaptive=True, amplification=8, forgets=True
     ),
     "UReversible-Heun-0.999": SolverCase(U(diffrax.Heun(), 0.999), 2, adaptive=True),
     "UReversible-Ralston-0.5": SolverCase(
@@ -191,6 +192,7 @@ SOLVERS = {
         controls=("sde",),
         adaptive=True,
         amplification=8,
+        forgets=True,
         noise="additive",
     ),
     "UReversible-SPaRK-0.999": SolverCase(
@@ -386,6 +388,13 @@ class _BroadcastPath(diffrax.AbstractPath):
 
 def make_args(key, dtype):
     return {"scale": 1 + 0.3 * jax.random.normal(key, (), dtype), "label": "args"}
+
+
+def short_records(monkeypatch, block, window):
+    """Makes records so short that even a short solve does not fit into one."""
+    for module in (steps, forward, plan, replay, way_back):
+        monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(plan, "_WINDOW", window)
 
 
 #

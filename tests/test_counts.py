@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible._adjoint import plan, verify
 
 from .helpers import from_term, GenericLeapfrog, relative_difference, SOLVERS
 
@@ -76,7 +77,7 @@ def _count(solver, controller=None, pair=False, interpolates=True):
             (y0, y0) if pair else y0,
             stepsize_controller=controller or diffrax.ConstantStepSize(),
             saveat=saveat,
-            adjoint=dfxr.ReversibleAdjoint(),
+            adjoint=dfxr.ReversibleAdjoint(checkpoints=0),
             max_steps=20,
         )
         loss = sum(jnp.sum(x) for x in jax.tree.leaves(sol.ys))
@@ -88,7 +89,10 @@ def _count(solver, controller=None, pair=False, interpolates=True):
     assert forward[1] == 0
     jax.block_until_ready(jax.jit(jax.grad(solve, has_aux=True))(y0))
     evaluations, pullbacks = counter.take()
-    return int(num_steps), forward[0], evaluations - forward[0], pullbacks
+    # Two of each to compare what has been rebuilt with the start.
+    compared = 0 if pair else 2
+    backward = evaluations - forward[0] - compared
+    return int(num_steps), forward[0], backward, pullbacks - compared
 
 
 @pytest.mark.parametrize(
@@ -242,8 +246,9 @@ def test_evaluations_splitting(solver, stages):
 
 
 @pytest.mark.parametrize("solver,stages", [(dfxr.EES25(), 3), (dfxr.EES27(), 4)])
-def test_evaluations_effectively_symmetric(solver, stages):
-    # A step back, and then a step to differentiate it.
+def test_evaluations_effectively_symmetric(solver, stages, monkeypatch):
+    # A step back, and then a step to differentiate it; if the defect does not matter.
+    monkeypatch.setattr(verify, "tolerance", lambda y: 1e9)
     n, forward, backward, pullbacks = _count(solver)
     assert (forward, backward, pullbacks) == (stages * n, 2 * stages * n, stages * n)
 
@@ -302,7 +307,15 @@ def test_traces(name):
 #
 
 
-def _compiled(solver, max_steps, batch=None, jumps=False, size=100, adaptive=False):
+def _compiled(
+    solver,
+    max_steps,
+    batch=None,
+    jumps=False,
+    size=100,
+    adaptive=False,
+    checkpoints=8,
+):
     controller = diffrax.ConstantStepSize()
     if adaptive or jumps:
         controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
@@ -320,7 +333,7 @@ def _compiled(solver, max_steps, batch=None, jumps=False, size=100, adaptive=Fal
                 y0,
                 args,
                 stepsize_controller=controller,
-                adjoint=dfxr.ReversibleAdjoint(),
+                adjoint=dfxr.ReversibleAdjoint(checkpoints),
                 max_steps=max_steps,
             )
             return jnp.sum(sol.ys)
@@ -332,13 +345,14 @@ def _compiled(solver, max_steps, batch=None, jumps=False, size=100, adaptive=Fal
 
 
 def _bytes_per_step(**kwargs):
-    # Whole rows of the record.
-    few, many = 2 * 64, 160 * 64
+    # Whole rows of the record. (If it is short, something else takes more.)
+    few, many = 80 * 64, 160 * 64
     temp = [
         _compiled(max_steps=n, **kwargs).memory_analysis().temp_size_in_bytes
         for n in (few, many)
     ]
-    return (temp[1] - temp[0]) / (many - few), temp[0]
+    per_step = (temp[1] - temp[0]) / (many - few)
+    return per_step, temp[0] - per_step * few
 
 
 RK = dfxr.UReversible(diffrax.Heun())
@@ -347,30 +361,35 @@ RK = dfxr.UReversible(diffrax.Heun())
 @pytest.mark.parametrize(
     "kwargs,expected",
     [
-        # The coupling is recorded, in a byte.
-        (dict(solver=RK), 9),
+        # The coupling is recorded, in a byte; and in another, what is wanted.
+        (dict(solver=RK), 10),
         (dict(solver=dfxr.UReversible(diffrax.Heun(), 0.999)), 8),
         (dict(solver=dfxr.ReversibleHeun()), 8),
         # The step before is recorded by the solver.
         (dict(solver=dfxr.LeapfrogMidpoint()), 16),
         # A batch that makes the same steps records them once.
         (dict(solver=dfxr.ReversibleHeun(), batch=8), 8),
-        # Each element of a batch has its own couplings.
-        (dict(solver=RK, batch=8), 8 + 8),
-        (dict(solver=RK, batch=8, adaptive=True), 8 * 9),
+        # Each element of a batch has its own couplings, and wants its own states.
+        (dict(solver=RK, batch=8), 8 + 2 * 8),
+        (dict(solver=RK, batch=8, adaptive=True), 8 * 10),
         (dict(solver=RK, jumps=True), 10),
     ],
 )
-def test_memory(kwargs, expected):
+def test_memory(kwargs, expected, monkeypatch):
+    # However long the record.
+    monkeypatch.setattr(plan, "_FEW_BYTES", 2**20)
     per_step, constant = _bytes_per_step(**kwargs)
     assert abs(per_step - expected) < 0.01
-    # And a few copies of `y`, of 800 bytes each; and those in the 64 slots.
-    copies = 100 + (2 * 64 if kwargs["solver"] is RK else 0)
+    # And a few copies of `y`, of 800 bytes each; and those in the slots.
+    copies = 100 + 2 * 9
     assert constant < copies * 800 * (kwargs.get("batch") or 1)
 
 
 def test_no_more_slots_than_steps():
-    size = lambda n: _compiled(RK, n).memory_analysis().temp_size_in_bytes
+    def size(n):
+        compiled = _compiled(RK, n, checkpoints=100)
+        return compiled.memory_analysis().temp_size_in_bytes
+
     # Each has two numbers for each in `y`, of 800 bytes.
     assert 50 * 1600 < size(60) - size(4) < 60 * 1600
 
@@ -402,12 +421,13 @@ def test_no_copies_of_the_record(adaptive):
 
 @pytest.mark.parametrize("solver", [RK, dfxr.UReversible(diffrax.Heun(), 0.999)])
 def test_inner_loops_are_small(solver):
-    # Those over steps, forwards and back: XLA runs a loop with little overhead only if
-    # it has no branch, and touches no array of more than 512 bytes.
+    # Those over steps, forwards, back, and making them again: XLA runs a loop with
+    # little overhead only if it has no branch, and touches no array of more than 512
+    # bytes.
     hlo = _compiled(solver, max_steps=1000, size=2).as_text()
     num_small = 0
     for body in _loop_bodies(hlo):
         shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", body)
         largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
         num_small += largest <= 64 and "conditional(" not in body
-    assert num_small == 2
+    assert num_small >= 3

@@ -299,7 +299,7 @@ def test_half_precision(coupling, dtype):
     ours, expected = (
         jax.grad(ft.partial(loss, adjoint))(params)
         for adjoint in (
-            dfxr.ReversibleAdjoint(drift_tolerance=None),
+            dfxr.ReversibleAdjoint(),
             diffrax.RecursiveCheckpointAdjoint(),
         )
     )

@@ -114,11 +114,12 @@ def test_gradient_of_many_steps():
         jnp.stack([derivative((zero, e)) for e in jnp.eye(2)]),
     )
     # Rounding errors grow like the square of time here: 1e5 roundings, times 256
-    # revolutions.
-    assert relative_difference(grad, expected) < 1e-8
-    # And the memory is that of the record of the steps, 8 bytes each.
+    # revolutions. And where the record begins anew, what is rebuilt does so from other
+    # roundings.
+    assert relative_difference(grad, expected) < 1e-7
+    # And the memory does not grow with the steps.
     size = lambda x: x.memory_analysis().temp_size_in_bytes
-    assert size(compiled) - size(few_compiled) == 8 * (many - few)
+    assert size(compiled) - size(few_compiled) < 2**16
 
 
 #

@@ -322,7 +322,7 @@ def test_little_is_forgotten():
         )
         return sol.stats["num_checkpoints"]
 
-    assert solve(jax.random.key(0)) <= 4
+    assert solve(jax.random.key(0)) <= 8
 
 
 #
@@ -441,7 +441,7 @@ def test_counts(base, kind, num_drifts, num_diffusions):
             0.1,
             y0,
             y0,
-            adjoint=ADJOINT,
+            adjoint=dfxr.ReversibleAdjoint(checkpoints=0),
             max_steps=20,
         ).ys[0]
 
@@ -452,9 +452,15 @@ def test_counts(base, kind, num_drifts, num_diffusions):
     assert queries == n
     queries = 0
     jax.block_until_ready(jax.jit(jax.grad(solve))(jnp.array(0.3)))
-    # Forwards once more, and backwards.
-    assert drifts.take() == (4 * num_drifts * n, 2 * num_drifts * n)
-    assert diffusions.take() == (4 * num_diffusions * n, 2 * num_diffusions * n)
+    # Forwards once more, and backwards; and two of each to compare what has been
+    # rebuilt with the start. The second increment is not differentiated.
+    assert drifts.take() == (4 * num_drifts * n + 2, num_drifts * n + 2)
+    # (Once, if that is the same diffusion.)
+    twice = 1 if kind == "additive" else 2
+    assert diffusions.take() == (
+        4 * num_diffusions * n + twice,
+        num_diffusions * n + twice,
+    )
     assert queries == 2 * n
 
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import record as _record, way_back as _way_back
 
-from .helpers import relative_difference
+from .helpers import relative_difference, short_records
 from .test_gradient import TOL, weighted_sum
 
 
@@ -109,13 +108,6 @@ def test_vmap(solver, nesting, controller):
     assert relative_difference(*derivatives) < TOL
 
 
-def test_large_states(monkeypatch):
-    # For these there is a branch in the loop over steps. At a jump `ReversibleHeun`
-    # cannot do without what is stored.
-    monkeypatch.setattr(_way_back, "_SMALL", 0)
-    test_vmap(SOLVERS[1], _sum_of_batch, "jumps")
-
-
 @pytest.mark.parametrize("solver", SOLVERS, ids=["UReversible", "ReversibleHeun"])
 def test_finished_elements_do_nothing(solver):
     # One element takes few steps and ends where going on would be a disaster: the
@@ -129,9 +121,10 @@ def test_finished_elements_do_nothing(solver):
             0.1,
             y0,
             p,
-            # Or the failing one would raise an error.
-            adjoint=dfxr.ReversibleAdjoint(drift_tolerance=None),
+            adjoint=dfxr.ReversibleAdjoint(),
             max_steps=64,
+            # Or the one that fails would raise an error.
+            throw=False,
         )
         return jnp.sum(sol.ys)
 
@@ -212,7 +205,7 @@ def _decay(solver, adjoint, max_steps, k, t1, dt0=0.02, rtol=None):
         (SOLVERS[0], dfxr.ReversibleAdjoint(), [5.0] * 20, list(range(80, 100))),
         (
             SOLVERS[1],
-            dfxr.ReversibleAdjoint(checkpoint_every=3, drift_tolerance=None),
+            dfxr.ReversibleAdjoint(checkpoint_every=3),
             [0.5, 0.5, 0.5, 0.5],
             [3, 9, 62, 1],
         ),
@@ -253,8 +246,7 @@ def test_elements_of_other_lengths(solver, adjoint, ks, steps):
 def test_windows(solver, rtol, window, monkeypatch):
     # Without a bound on the steps the record is made again, piece by piece; in a batch
     # of which some have just as many steps as there is space for.
-    monkeypatch.setattr(_record, "WINDOW", window)
-    monkeypatch.setattr(_record, "_BLOCK", 8)
+    short_records(monkeypatch, 8, window)
     steps = jnp.array([0, 1, 7, 8, 9, 16, 17, 24, 25, 150])
     ks, t1 = (
         jnp.linspace(0.1, 0.5, 10),

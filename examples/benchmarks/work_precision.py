@@ -238,7 +238,10 @@ def plot(tables, filename):
             ax.set_xlabel(f"relative error of the {label}")
         axes[0].set_title(title)
         axes[0].set_ylabel("time of solution and gradient, ms")
-        axes[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+        if axes[1].lines:
+            axes[1].legend(
+                fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5)
+            )
     figure.savefig(filename)
 
 

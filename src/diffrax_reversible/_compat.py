@@ -62,14 +62,17 @@ STATE_FIELDS = frozenset(
         "solver_state",
         "controller_state",
         "progress_meter_state",
+        "num_steps",
         "num_accepted_steps",
         "save_state",
         "dense_ts",
         "dense_infos",
+        "dense_save_index",
         "event_tprev",
         "event_tnext",
         "event_dense_info",
         "event_values",
+        "event_mask",
     }
 )
 
@@ -158,3 +161,43 @@ def save_every(sub: Any) -> int:
     """Every how many steps a `SubSaveAt` saves, or zero. (In diffrax 0.7.0 whatever is
     true saves every step.)"""
     return int(bool(sub.steps) if _STEPS_IS_BOOLEAN else sub.steps)
+
+
+def without_saving(state: Any) -> Any:
+    """A state of the integration loop, for one that saves nothing, has no events, and
+    reports no progress."""
+    return dataclasses.replace(
+        state,
+        save_state=None,
+        dense_ts=None,
+        dense_infos=None,
+        dense_save_index=None,
+        event_tprev=None,
+        event_tnext=None,
+        event_dense_info=None,
+        event_values=None,
+        event_mask=None,
+        progress_meter_state=None,
+    )
+
+
+def loop_without_saving(*, init_state: Any, **kwargs: Any) -> tuple[Callable, ...]:
+    """The condition, the body and the buffers of the integration loop, of such a
+    state."""
+    found = []
+
+    def outer_while_loop(cond_fun, body_fun, init_state, *, buffers, **kwargs):
+        del kwargs
+        found.append((cond_fun, body_fun, buffers))
+        return init_state
+
+    host_loop(
+        init_state=without_saving(init_state),
+        saveat=diffrax.SaveAt(),
+        event=None,
+        progress_meter=diffrax.NoProgressMeter(),
+        inner_while_loop=None,
+        outer_while_loop=outer_while_loop,
+        **kwargs,
+    )
+    return found[0]

@@ -7,11 +7,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import distance
-from ._adjoint.record import make_recorder
+from ._adjoint.plan import make_forward
 from ._adjoint.rule import inner_loop, with_arrays
+from ._adjoint.steps import Session
 from ._compat import host_loop
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
@@ -35,12 +37,15 @@ class Diagnosis(eqx.Module):
     # Relative distance between `y` and what it is rebuilt as from the end of the solve,
     # or from the next checkpoint if that is sooner.
     drift: Float[np.ndarray, " steps"]
+    # How often the step is made again on the backward pass, as there are fewer slots
+    # than checkpoints. (If what is rebuilt there is found to differ, then more is.)
+    made_again: Int[np.ndarray, " steps"]
     solution: diffrax.Solution
 
     @property
     def num_checkpoints(self) -> int:
-        """How many `checkpoints` to give to [`diffrax_reversible.ReversibleAdjoint`][]
-        at least."""
+        """The number of `checkpoints` of [`diffrax_reversible.ReversibleAdjoint`][]
+        with which nothing is made again."""
         return int(np.sum(self.checkpoints))
 
     def plot(self, filename: str | None = None) -> Any:
@@ -57,11 +62,12 @@ class Diagnosis(eqx.Module):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 6), layout="constrained")
-        axes = cast(Any, figure.subplots(3, 1, sharex=True))
+        axes = cast(Any, figure.subplots(4, 1, sharex=True))
         for ax, values, label in (
             (axes[0], self.separation, "separation of y and z"),
             (axes[1], self.coupling, "coupling"),
             (axes[2], self.drift, "drift"),
+            (axes[3], self.made_again, "made again"),
         ):
             ax.plot(self.ts, values, lw=1)
             ax.set_ylabel(label)
@@ -70,7 +76,8 @@ class Diagnosis(eqx.Module):
         for ax in (axes[0], axes[2]):
             ax.set_yscale("log")
         axes[0].set_title(
-            f"{len(self.ts)} steps, {self.num_checkpoints} checkpoints (orange)"
+            f"{len(self.ts)} steps, {self.num_checkpoints} checkpoints (orange), "
+            f"{np.sum(self.made_again)} steps made again"
         )
         axes[-1].set_xlabel("t")
         if filename is not None:
@@ -86,8 +93,10 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
     Costs about as much time as a gradient does, and the memory of `max_steps` copies of
     `y` and the solver state. Cannot be used within `jax.jit` or the like.
 
-    **Arguments:** Those of [`diffrax.diffeqsolve`][], with a reversible solver. (An
-    `adjoint` is ignored, and `throw` is false by default.)
+    **Arguments:** Those of [`diffrax.diffeqsolve`][], with a reversible solver. What is
+    `made_again` is so with the checkpoints of the `adjoint`, if that is a
+    [`diffrax_reversible.ReversibleAdjoint`][], or else with the default. (`throw` is
+    false by default.)
 
     **Returns:**
 
@@ -97,18 +106,55 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
 
     - `ValueError` if the solver is not reversible, or if `max_steps=None`.
     """
-    kwargs = {"throw": False, **kwargs, "adjoint": _DiagnosticAdjoint()}
+    adjoint = kwargs.get("adjoint")
+    if not isinstance(adjoint, ReversibleAdjoint):
+        adjoint = ReversibleAdjoint()
+    kwargs = {"throw": False, **kwargs, "adjoint": _DiagnosticAdjoint(adjoint)}
     sol = eqx.filter_jit(diffrax.diffeqsolve)(*args, **kwargs)
     found = sol.stats.pop("diagnosis")
+    num_slots, grid = map(int, sol.stats.pop("slots"))
     n = int(sol.stats["num_accepted_steps"])
     out = {name: np.asarray(x)[:n] for name, x in found.items()}
+    is_wanted = out["checkpoints"].copy()
+    if adjoint.checkpoint_every is not None:
+        is_wanted[:: adjoint.checkpoint_every] = True
+    out["made_again"] = _made_again(is_wanted, num_slots, grid)
     if sol.t1 < sol.t0:
         # The host integrates over reversed time.
         out["ts"] = -out["ts"]
     return Diagnosis(**out, solution=sol)
 
 
+def _made_again(
+    is_wanted: Bool[np.ndarray, " steps"], num_slots: int, grid: int
+) -> Int[np.ndarray, " steps"]:
+    """How often each step is made again, if all of them are recorded: which states are
+    kept on the way forward, and which on the way back."""
+    n = len(is_wanted)
+    out, stack, stride, count = np.zeros(n, int), [0], 1, 0
+    for i in range(1, n):
+        if is_wanted[i] or i % grid == 0:
+            count += 1
+            if count % stride == 0 and len(stack) > num_slots:
+                stack[1:], stride = stack[2::2], 2 * stride
+            if count % stride == 0 and len(stack) <= num_slots:
+                stack.append(i)
+    for i in reversed(range(1, n)):
+        while stack[-1] > i:
+            stack.pop()
+        if is_wanted[i] and stack[-1] != i:
+            start = stack[-1]
+            out[start:i] += 1
+            between = [k for k in range(start + 1, i) if is_wanted[k]]
+            free = num_slots + 1 - len(stack)
+            stride = -(-(len(between) + 1) // (free + 1))
+            stack += [*between[stride - 1 :: stride][:free], i]
+    return out
+
+
 class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
+    adjoint: ReversibleAdjoint
+
     def loop(
         self,
         *,
@@ -132,17 +178,36 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
             )
         solver = to_reversible(solver)
         init_state = with_arrays(init_state)
+
+        def make(checkpoints, checkpoint_every):
+            return make_forward(
+                solver,
+                stepsize_controller,
+                init_state,
+                args,
+                max_steps,
+                checkpoints,
+                checkpoint_every,
+                records_all=True,
+            )
+
         # A slot for every step.
-        recorder = make_recorder(
-            solver, stepsize_controller, init_state, args, max_steps, max_steps, 1
-        )
+        forward = make(max_steps, 1)
+        real = make(self.adjoint.checkpoints, self.adjoint.checkpoint_every)
         records = []
 
         def outer_while_loop(cond_fun, body_fun, init_state, *, max_steps, buffers):
             init_state = with_arrays(init_state)
 
-            final_state, record = recorder.run(
-                cond_fun, body_fun, init_state, max_steps=max_steps, buffers=buffers
+            final_state, record = forward.run(
+                cond_fun,
+                body_fun,
+                init_state,
+                forward.empty_slots(init_state),
+                init_state.tprev,
+                max_steps=max_steps,
+                buffers=buffers,
+                capacity=max_steps,
             )
             records.append((init_state, final_state, record))
             return final_state
@@ -160,14 +225,17 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         )
         [(init_state, final_state, record)] = records
         found = _walk_back(
-            recorder, record, solver, terms, args, init_state, final_state, max_steps
+            forward, record, solver, terms, args, init_state, final_state, max_steps
         )
-        return out, {**stats, "diagnosis": found}
+        slots = (jnp.array(real.num_slots), jnp.array(real.grid))
+        return out, {**stats, "diagnosis": found, "slots": slots}
 
 
 def _walk_back(
-    recorder, record, solver, terms, args, init_state, final_state, max_steps
+    forward, record, solver, terms, args, init_state, final_state, max_steps
 ):
+    zero = jnp.array(0)
+    session = Session(record.steps, zero, init_state.tprev, jnp.array(1))
     static = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array, True)
 
     def cond_fun(carry):
@@ -175,15 +243,15 @@ def _walk_back(
         return index > 0
 
     def body_fun(carry):
-        num_steps, t1, rebuilt, after, out = carry
+        num_steps, rebuilt, after, slots, out = carry
         index = num_steps - 1
-        # All steps but the first have a slot.
-        segment = recorder.read_segment(record, init_state, num_steps, index, 0)
-        t_prev, t0, made_jump = segment.times(index)
+        block = forward.format.read(session, index[None])
+        _, t0, t1, made_jump = block.times(jnp.array(0))
         y1, state1 = rebuilt
-        state1 = recorder.read_recorded(segment, state1, index)
+        state1 = forward.format.read_recorded(block, state1, jnp.array(0))
         y0, _, state0 = solver.backward_step(terms, t0, t1, y1, args, state1, made_jump)
-        stored = recorder.read_stored(record, init_state, segment)
+        # All steps but the first have a slot.
+        stored, _ = slots.top_state(forward.kept(init_state, init_state.tprev))
         y_stored, state_stored = eqx.combine(stored, static)
         states = (state_stored, after, made_jump)
         needs = jnp.asarray(solver.needs_checkpoint(*states))
@@ -203,7 +271,7 @@ def _walk_back(
             (y_stored, state_stored),
             (y0, state0),
         )
-        return index, t_prev, rebuilt, state_stored, out
+        return index, rebuilt, state_stored, slots.pop(slots.count > 0), out
 
     n = final_state.num_accepted_steps
     dtype = rms(init_state.y).dtype
@@ -216,7 +284,7 @@ def _walk_back(
         drift=nan,
     )
     final = (final_state.y, final_state.solver_state)
-    carry = (n, recorder.last_time(record, n), final, final_state.solver_state, out)
+    carry = (n, final, final_state.solver_state, record.slots, out)
     *_, out = lax.while_loop(cond_fun, body_fun, carry)
     return out
 

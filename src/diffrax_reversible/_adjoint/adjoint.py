@@ -2,13 +2,10 @@ import functools as ft
 from typing import Any, Literal
 
 import diffrax
-from jaxtyping import PyTree
 
-from .._compat import host_loop, is_unsafe_sde
-from .._method.controlled import precision
+from .._compat import host_loop, is_unsafe_sde, loop_without_saving
 from .._registry import to_reversible
-from .drift import check_tolerance
-from .rule import inner_loop, Meter, outer_while_loop, with_arrays
+from .rule import inner_loop, outer_while_loop, with_arrays
 
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
@@ -19,20 +16,29 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     [`diffrax.ReversibleHeun`][], [`diffrax.SemiImplicitEuler`][] or
     [`diffrax.LeapfrogMidpoint`][]. On the backward pass the input of every step is
     rebuilt from its output, in closed form. So the gradient of the discretised solve is
-    exact up to rounding, is computed in time proportional to the number of steps `n`,
-    and takes an amount of memory that does not grow with `n`, but for a record of the
-    step times: one floating-point number for every step up to `max_steps`. (And one
-    byte if the step size controller may report jumps, and whatever
-    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects: for
-    [`diffrax_reversible.UReversible`][] one byte.) The record of times is shared by the
-    elements of a batch, under `jax.vmap`, if they make the same steps. And so is the
-    gradient of what the elements share, under `jax.grad` of `jax.vmap`.
+    exact up to rounding, takes time proportional to the number of steps, and memory for
+    a fixed number of states and a record of the step times: one floating-point number
+    for each step, one byte for what the solver wants or the step size controller
+    reports, and whatever [`diffrax_reversible.AbstractReversibleSolver.recorded`][]
+    selects. (For [`diffrax_reversible.UReversible`][] that is one byte.) The record of
+    times is shared by the elements of a batch, under `jax.vmap`, if they make the same
+    steps. And so is the gradient of what the elements share, under `jax.grad` of
+    `jax.vmap`.
 
-    Undoing a step may amplify rounding errors, as where the solution contracts. So
-    there are a fixed number of checkpoints, for a solver to ask for; and wherever the
-    backward pass arrives at one, and at the start of the solve, what has been rebuilt
-    is compared with what is stored. The number of them that was asked for is
-    `sol.stats["num_checkpoints"]`.
+    Undoing a step may amplify rounding errors, as where the solution contracts, and
+    some steps cannot be undone at all. So the solver asks for states to be kept, as
+    many as it likes; how many is `sol.stats["num_checkpoints"]`. There are
+    `checkpoints` slots for them. If they are not enough then every other one is
+    dropped, as often as it takes; and on the backward pass what has been dropped is
+    made again, forwards from the last one that is kept, with no more than `step`.
+    (With 16 slots, that is 0.5 forward solves in all if 32 states are wanted, and 2.8
+    if it is 1000.)
+
+    At each state that is kept, and at the start, what has been rebuilt is verified:
+    each element of the state, and what the vector field does with a gradient there. If
+    it fails, then the backward pass begins anew with every 16th step wanted, and then
+    with every step: in that case nothing is rebuilt. So an error of what is rebuilt
+    costs time, and not the result.
 
     Gradients are computed with respect to `y0`, `args`, everything differentiable in
     `terms`, and values that the vector field, the control, the event function or
@@ -46,9 +52,11 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     field jumps at one of `step_ts` or `jump_ts`; but finite differences of a coarse
     solve differ from it.)
 
-    With `max_steps=None` the times of the last 65536 steps are recorded. If there are
-    more then parts of the solve are run again on the backward pass, always from its
-    start: for 2e5 steps that costs another solve in all, and for 1e6 steps seven.
+    No more step times are recorded than take half the memory of the checkpoints of
+    [`diffrax.RecursiveCheckpointAdjoint`][] (but 16 kB in any case), and at most those
+    of 65536 steps; so a large `max_steps` costs nothing, nor does `max_steps=None`. If
+    there are more steps than that, then they are made again piece by piece on the
+    backward pass, from the states that are kept, which is about one more forward solve.
 
     Second derivatives can be had by forward over reverse mode, `jax.jvp` of `jax.grad`;
     but not with [`diffrax_reversible.UReversible`][], unless its coupling is a number.
@@ -62,10 +70,11 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         respect to something in a step size controller that is not one of diffrax's
         own.
     - `RuntimeError` in reverse over reverse mode.
-    - `RuntimeError`, by the gradient alone and under `jax.jit` too, if the solver asked
-        for more checkpoints than there are; if the backward pass does not arrive at the
-        stored states to `drift_tolerance`; or if these or the gradient are not finite.
-        Under `jax.vmap`, if this is so for any element of the batch.
+    - `RuntimeError`, by the gradient alone and under `jax.jit` too, if the gradient is
+        not finite though what it was pulled back from is. With
+        `diffeqsolve(throw=False)` there is no error: the gradient is then not finite,
+        under `jax.vmap` for that element of the batch alone. (And so for a step size
+        controller that starts a step elsewhere than at the end of the step before.)
 
     ??? cite "Reference"
 
@@ -81,7 +90,6 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     checkpoints: int | Literal["auto"] = "auto"
     checkpoint_every: int | None = None
-    drift_tolerance: float | int | Literal["auto"] | None = "auto"
     sum_over_batch: bool | Literal["auto"] = "auto"
 
     def __check_init__(self):
@@ -98,7 +106,6 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 "`ReversibleAdjoint(checkpoint_every=...)` must be a positive integer, "
                 f"or `None`; got {self.checkpoint_every}."
             )
-        check_tolerance("ReversibleAdjoint", self.drift_tolerance)
         _check_sum_over_batch(self.sum_over_batch)
 
     def loop(
@@ -117,7 +124,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         progress_meter,
         **kwargs,
     ) -> Any:
-        del throw, passed_controller_state
+        del passed_controller_state, passed_solver_state
         if is_unsafe_sde(terms):
             raise ValueError(
                 "`adjoint=ReversibleAdjoint()` does not support "
@@ -127,6 +134,16 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         solver = to_reversible(solver)
         init_state = with_arrays(init_state)
         num_checkpoints = []
+        bare_loop = ft.partial(
+            loop_without_saving,
+            args=args,
+            terms=terms,
+            solver=solver,
+            stepsize_controller=stepsize_controller,
+            t1=t1,
+            init_state=init_state,
+            **{k: v for k, v in kwargs.items() if k != "event"},
+        )
         outer = ft.partial(
             outer_while_loop,
             args=args,
@@ -135,11 +152,11 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             stepsize_controller=stepsize_controller,
             saveat=saveat,
             t1=t1,
-            checkpoints=_num_slots(self.checkpoints, init_state.y),
+            bare_loop=bare_loop,
+            checkpoints=self.checkpoints,
             checkpoint_every=self.checkpoint_every,
-            drift_tolerance=self.drift_tolerance,
             sum_over_batch=self.sum_over_batch,
-            passed_solver_state=passed_solver_state,
+            throw=throw,
             num_checkpoints=num_checkpoints,
         )
         final_state, stats = host_loop(
@@ -150,7 +167,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             saveat=saveat,
             t1=t1,
             init_state=init_state,
-            progress_meter=Meter(progress_meter),
+            progress_meter=progress_meter,
             inner_while_loop=ft.partial(inner_loop, kind="lax"),
             outer_while_loop=outer,
             **kwargs,
@@ -161,21 +178,15 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `checkpoints`: The number of slots for steps that the solver would like to be stored
-    ([`diffrax_reversible.AbstractReversibleSolver.wants_checkpoint`][]) or cannot undo
-    ([`diffrax_reversible.AbstractReversibleSolver.needs_checkpoint`][]), and for
-    `checkpoint_every`. Each takes the memory of `y` and the solver state. No memory is
-    used for them with solvers that never ask for one. `"auto"` is 64, or 128 if any
-    part of `y` is in single precision (or less); there are no more than `max_steps`.
-    With `checkpoints=0` the memory is that of the record alone, and the gradient of a
-    solve that needs a checkpoint raises an error.
-- `checkpoint_every`: If an integer `k` then every `k`th step is stored as well. Useful
-    for a solver that is not stable on the way back, and does not say so.
-- `drift_tolerance`: The largest acceptable difference between what has been rebuilt and
-    what was stored, relative to the size of `y` (of each of its leaves, in root mean
-    square). `"auto"` is 1e-5, or 6e-5 if any part of `y` is in single precision (or
-    less). It is the *state* that is looked at: the gradient may be better or worse,
-    usually by no more than a factor of 50. With `None` nothing is checked.
+- `checkpoints`: The number of slots for states, each of which takes the memory of `y`
+    and the solver state. More of them save time where many states are wanted.
+    `"auto"` is 16, or fewer if `max_steps` is small: so many that the gradient takes
+    less memory than with [`diffrax.RecursiveCheckpointAdjoint`][]. With `checkpoints=0`
+    no state is kept but `y0` and one at hand, and what is wanted is made again from the
+    start.
+- `checkpoint_every`: If an integer `k` then the start of every `k`th step is wanted as
+    well. Useful for a solver whose way back is not stable, and that does not say so:
+    for otherwise that is only found out by a failure.
 - `sum_over_batch`: Under `jax.grad` of `jax.vmap` gradients are summed over the batch
     where they are of what its elements share, as parameters are. If `True` that is done
     in every step of the backward pass: it takes the memory of one gradient, and not of
@@ -191,17 +202,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 **Raises:**
 
 - `ValueError` if `checkpoints` is not a nonnegative integer or `"auto"`,
-    `checkpoint_every` not a positive one or `None`, `drift_tolerance` not a positive
-    number, `"auto"` or `None`, or `sum_over_batch` not a boolean
+    `checkpoint_every` not a positive one or `None`, or `sum_over_batch` not a boolean
     or `"auto"`.
 """
-
-
-def _num_slots(checkpoints: int | Literal["auto"], y: PyTree) -> int:
-    if checkpoints == "auto":
-        # With less precision more of them are needed; the memory is the same.
-        return 64 if float(precision(y).eps) < 1e-12 else 128
-    return checkpoints
 
 
 def _check_sum_over_batch(value) -> None:

@@ -163,6 +163,13 @@ class Batch(NamedTuple):
     def steps_differ(self) -> bool:
         return any(level.steps_differ for level in self.levels)
 
+    @property
+    def is_named(self) -> bool:
+        """Whether there may be collective operations over it."""
+        # (What JAX has in place of a name is a bare `object()`.)
+        has_names = any(type(level.name) is not object for level in self.levels)
+        return has_names and not self.steps_differ
+
     def num_shared_by(self, i: int) -> int:
         """How many elements share a constant."""
         return math.prod(x.size for x in self.levels if not x.is_batched[i])

@@ -1,13 +1,11 @@
 """The drift check: whether the backward pass arrives where the forward pass was."""
 
-import functools as ft
 import math
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._jax_compat import eqxi
 from .._method.controlled import precision, rms
 
 
@@ -30,12 +28,6 @@ def _inexact(*trees):
     return [eqx.filter(x, eqx.is_inexact_array) for x in trees]
 
 
-def all_finite(tree):
-    leaves = jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
-    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
-    return ft.reduce(jnp.logical_and, finite, jnp.array(True))
-
-
 def check_tolerance(name: str, tolerance) -> None:
     if tolerance not in (None, "auto") and (
         isinstance(tolerance, bool)
@@ -51,28 +43,3 @@ def check_tolerance(name: str, tolerance) -> None:
 def default_tolerance(drift) -> float:
     # Single precision cannot do better, and double need not be worse.
     return 6e-5 if drift.dtype.itemsize <= 4 else 1e-5
-
-
-def check_drift(grads, drift, tolerance):
-    if tolerance == "auto":
-        tolerance = default_tolerance(drift)
-    remedies = (
-        "The gradient would be wrong (which says nothing of the solution). Use "
-        "smaller steps if the solver is `EES25` or `EES27`; or "
-        "`ReversibleAdjoint(checkpoint_every=...)`, with enough `checkpoints`, for "
-        "shorter ways back; or double precision; or "
-        '`UReversible(..., coupling_parameter="auto")` if that is not what you use; or '
-        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-    )
-    messages = [
-        "The backward pass did not arrive at the state from which the forward pass had "
-        f"come: they differ by more than `ReversibleAdjoint(drift_tolerance=...)`, "
-        f"here {tolerance} relative to the size of the state. Rounding errors have "
-        "grown too much on the way, or the defect of a solver that is only nearly "
-        f"reversible. {remedies}",
-        "The backward pass arrived at values that are not finite. Either the solution "
-        "or its derivative is not finite, or rounding errors have grown beyond all "
-        f"bounds on the way back. In the second case: {remedies}",
-    ]
-    kind = eqxi.unvmap_max(jnp.where(jnp.isinf(drift), 1, 0))
-    return eqxi.branched_error_if(grads, ~(drift <= tolerance), kind, messages)

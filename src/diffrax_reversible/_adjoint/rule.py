@@ -3,26 +3,28 @@
 import functools as ft
 from typing import Any, NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import is_save_state, is_sub_save_at, save_every
+from .._compat import is_save_state, is_sub_save_at, save_every, without_saving
 from .._jax_compat import eqxi
-from .._method.tree import replace
-from . import save as save, times as times_
+from .._method.tree import replace, stop_gradient
+from . import save as save, times as times_, verify as verify
 from .batch import Batch, find_batch, mark_batch
-from .drift import all_finite, check_drift
+from .check import check
+from .coupling_pullback import make_pullback
+from .forward import Forward, Record
+from .functions import Functions
 from .guard import once_only, reverse_only, without_tangents
 from .hoist import Hoisted, Hoister
-from .pullback import AbstractPullback, Functions, make_pullback, Step
-from .record import make_recorder, Record, Recorder
+from .plan import make_forward
+from .pullback import AbstractPullback, Step
 from .shared import to_first, total
-from .way_back import Ends, WayBack
+from .undo import Ends, Undo
+from .way_back import WayBack
 
 
 inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
@@ -38,23 +40,13 @@ def with_arrays(init_state):
         lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x,
         init_state.solver_state,
     )
-    return replace(init_state, solver_state=solver_state)
-
-
-class _NoProgress(eqx.Module):
-    """The state of a progress meter while steps are repeated."""
-
-
-class Meter:
-    """The user's progress meter, which makes no progress when steps are repeated."""
-
-    def __init__(self, meter: diffrax.AbstractProgressMeter):
-        self._meter = meter
-
-    def step(self, state, progress):
-        # It is the state that says so, as that is part of whatever is traced.
-        is_off = isinstance(state, _NoProgress)
-        return state if is_off else self._meter.step(state, progress)
+    controller_state = jtu.tree_map(
+        lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x,
+        init_state.controller_state,
+    )
+    return replace(
+        init_state, solver_state=solver_state, controller_state=controller_state
+    )
 
 
 def outer_while_loop(
@@ -70,11 +62,11 @@ def outer_while_loop(
     stepsize_controller,
     saveat,
     t1,
+    bare_loop,
     checkpoints,
     checkpoint_every,
-    drift_tolerance,
     sum_over_batch,
-    passed_solver_state,
+    throw,
     num_checkpoints,
 ):
     """The host's loop over steps, with our rule for differentiating it.
@@ -83,7 +75,7 @@ def outer_while_loop(
     host does before and after, lies outside this function and is differentiated by JAX.
     """
     init_state = without_tangents(with_arrays(init_state))
-    recorder = make_recorder(
+    forward = make_forward(
         solver,
         stepsize_controller,
         init_state,
@@ -92,34 +84,60 @@ def outer_while_loop(
         checkpoints,
         checkpoint_every,
     )
+    made_jump = forward.format.made_jump
 
-    run = ft.partial(
-        recorder.run, cond_fun, body_fun, max_steps=max_steps, buffers=buffers
-    )
-
-    def rerun(stop):
-        start = replace(init_state, progress_meter_state=_NoProgress())
-        _, record = run(start, has_slots=False, stop=stop)
-        return record
+    def run(init_state):
+        slots = forward.empty_slots(init_state)
+        return forward.run(
+            cond_fun,
+            body_fun,
+            init_state,
+            slots,
+            init_state.tprev,
+            max_steps=max_steps,
+            buffers=buffers,
+            capacity=forward.num_slots,
+        )
 
     # What the rule needs, as functions whose constants are explicit.
     hoister = Hoister()
-    pullback = make_pullback(solver, init_state.solver_state, recorder.made_jump)
+    pullback = make_pullback(solver, init_state.solver_state, made_jump)
     step = Step(
         init_state.tprev,
         init_state.tnext,
         init_state.y,
         init_state.solver_state,
-        recorder.made_jump,
+        made_jump,
     )
     pullback.add_functions(hoister, terms, args, step)
+    verify.add_functions(hoister, terms, args, step)
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     for i, sub in enumerate(subs):
         save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts
     hoister.add("run", run, init_state)
-    if recorder.is_window:
-        hoister.add("rerun", rerun, jnp.array(0))
+    if forward.format.is_window:
+        bare_cond, bare_body, bare_buffers = bare_loop()
+        bare_state = without_saving(init_state)
+
+        def rerun(number, kept, slots, capacity, stop):
+            state, t_last = forward.resume(bare_state, number, kept)
+            state, record = forward.run(
+                bare_cond,
+                bare_body,
+                state,
+                slots,
+                t_last,
+                max_steps=None,
+                buffers=bare_buffers,
+                capacity=capacity,
+                stop=stop,
+            )
+            return forward.kept(state, record.t_last), record
+
+        zero, kept = jnp.array(0), forward.kept(init_state, init_state.tprev)
+        slots = forward.empty_slots(init_state)
+        hoister.add("rerun", rerun, zero, kept, slots, zero, zero)
     hoisted, consts = hoister.finish()
 
     *told, unknown = times_.controller_times(stepsize_controller)
@@ -134,27 +152,24 @@ def outer_while_loop(
         inputs,
         hoisted=hoisted,
         num_local=num_local,
-        recorder=recorder,
+        forward=forward,
         pullback=pullback,
         steps=tuple(map(save_every, subs)),
-        drift_tolerance=drift_tolerance,
+        checkpoint_every=checkpoint_every,
         sum_over_batch=sum_over_batch,
-        passed_solver_state=passed_solver_state,
+        throw=throw,
     )
     # Handed to `loop` past the host, which calls this.
     num_checkpoints.append(n)
     # The locations of the steps are constants, and what else depends on them alone; and
     # the host makes nothing of the last values of event functions but comparisons.
-    stop = ft.partial(
-        jtu.tree_map, lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x
-    )
     return replace(
         final_state,
-        tnext=stop(final_state.tnext),
-        controller_state=stop(final_state.controller_state),
-        progress_meter_state=stop(final_state.progress_meter_state),
-        event_values=stop(final_state.event_values),
-        solver_state=recorder.stop_recorded(final_state.y, final_state.solver_state),
+        tnext=stop_gradient(final_state.tnext),
+        controller_state=stop_gradient(final_state.controller_state),
+        progress_meter_state=stop_gradient(final_state.progress_meter_state),
+        event_values=stop_gradient(final_state.event_values),
+        solver_state=pullback.stop_recorded(final_state.y, final_state.solver_state),
     )
 
 
@@ -193,6 +208,7 @@ def _loop_fwd(perturbed, inputs, *, hoisted, **kwargs):
         final_state.solver_state,
         final_state.tprev,
         final_state.num_accepted_steps,
+        record.t_last,
         [
             save.Saved(s.saveat_ts_index, s.save_index)
             for s in jtu.tree_leaves(final_state.save_state, is_leaf=is_save_state)
@@ -213,12 +229,12 @@ def _loop_bwd(
     *,
     hoisted: Hoisted,
     num_local,
-    recorder: Recorder,
+    forward: Forward,
     pullback: AbstractPullback,
     steps,
-    drift_tolerance,
+    checkpoint_every,
     sum_over_batch,
-    passed_solver_state,
+    throw,
 ):
     init_state, times, consts, unknown, batch_mark, summed_mark = inputs
     ends, record = residuals
@@ -233,51 +249,44 @@ def _loop_bwd(
     wanted = jtu.tree_map(lambda p: p is True, perturbed.times, is_leaf=_is_none)
     perturbed_solver_state = perturbed.init_state.solver_state
     del residuals, perturbed
-    when = (ends.num_steps, ends.tprev, ends.saved, record.steps.times, times.saved)
-    batch = find_batch(summed_mark, consts, when)
+    when = (ends.num_steps, ends.tprev, ends.saved, record.steps, times.saved)
+    batch = find_batch(summed_mark, consts, (when, record.slots.numbers))
     fns = Functions(hoisted, consts, differentiated, wanted.any_of_steps, batch)
     pullback = pullback.choose(fns, perturbed_solver_state)
     if sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
         fns = fns._replace(batch=Batch((), consts))
-    way_back = WayBack(
+    undo = Undo(
         fns=fns,
         pullback=pullback,
-        recorder=recorder,
-        init_state=init_state,
+        format=forward.format,
         ends=ends,
         grad_final_state=grad_final_state,
         times=times,
         wanted=wanted,
         steps=steps,
-        check_drift=drift_tolerance is not None,
-        passed_solver_state=passed_solver_state,
     )
-    carry = way_back.start(record)
-    if recorder.is_window:
-        rerun = ft.partial(hoisted.call, "rerun", consts)
-        carry, is_repeated = way_back.walk_windows(carry, record, rerun)
-    else:
-        carry, is_repeated = way_back.walk(carry, record, 0), True
-
+    way_back = WayBack(
+        fns=fns,
+        undo=undo,
+        forward=forward,
+        init_state=init_state,
+        num_steps=ends.num_steps,
+        record=record,
+        checkpoint_every=checkpoint_every,
+        rerun=ft.partial(hoisted.call, "rerun", consts),
+    )
+    progress, is_same = way_back.walk()
+    carry = progress.carry
     grads = (carry.grad_y1, carry.grad_solver_state)
     grads = (*grads, fns.sum_consts(carry.grad_consts), carry.grad_times)
-    event_is_lost = way_back.event_is_lost(record)
-    if event_is_lost is not None:
-        grads = eqx.error_if(
-            grads,
-            event_is_lost,
-            "The last step of a solve with an event was rejected, and yet its gradient "
-            "is asked for. (So it is in a batch of which some elements have an event, "
-            "if one that has none runs into `max_steps`.) "
-            "`adjoint=ReversibleAdjoint()` has not recorded such a step. Use a larger "
-            "`max_steps`.",
-        )
-    grads = recorder.check(record, grads, is_repeated)
-    if drift_tolerance is not None:
-        # If they are not finite then that is not for what they were pulled back from.
-        overflow = ~all_finite(grads) & all_finite(grad_final_state)
-        drift = jnp.where(overflow, jnp.inf, carry.drift)
-        grads = check_drift(grads, drift, drift_tolerance)
+    grads = check(
+        grads,
+        grad_final_state,
+        record.is_consistent,
+        is_same,
+        undo.event_is_lost(),
+        throw,
+    )
     grad_y0, grad_solver_state0, grad_consts, grad_times = grads
 
     grad_init_state = jtu.tree_map(

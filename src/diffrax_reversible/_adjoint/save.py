@@ -11,8 +11,9 @@ from jaxtyping import Array, PyTree
 
 from .._compat import save_every
 from .._jax_compat import eqxi
+from .functions import Functions
 from .hoist import Hoisted, Hoister, materialise
-from .pullback import Functions, Step
+from .pullback import Step
 
 
 def add_functions(hoister: Hoister, i: int, sub, solver, terms, args, step: Step):

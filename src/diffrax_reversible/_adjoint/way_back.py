@@ -1,8 +1,13 @@
-"""The way back: undoing the steps of a solve, and pulling a gradient through each."""
+"""The way back, from the end of a solve to its start.
 
-import functools as ft
+Between states that are kept, steps are undone (`undo.py`). A state that is wanted and
+is not there is made again (`replay.py`). And at each state that is kept, what has been
+rebuilt is compared with it (`verify.py`): if they differ the whole is done again, with
+more of the states wanted, and in the end all of them. Then nothing is rebuilt.
+"""
+
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.lax as lax
@@ -10,519 +15,337 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import is_save_state
 from .._jax_compat import eqxi
-from .._method.controlled import precision
-from .._method.tree import tree_add
-from . import save as save, times as times_
-from .drift import distance
-from .hoist import materialise
-from .pullback import AbstractPullback, comparable, Functions, Rebuilt, Step
-from .record import Record, Recorder, Segment
-from .vmap import where_active
+from . import verify as verify
+from .coupling_pullback import comparable
+from .forward import Forward, Record
+from .functions import Functions
+from .replay import make_again
+from .slots import Slots
+from .steps import BLOCK, Session
+from .undo import Carry, Segment, Undo
 
 
-# A branch in the inner loop takes about as long as it does to undo a step of a small
-# system. So if `y` and the solver state have no more bytes than this, then there is
-# none: what has been rebuilt last is kept, to be looked at outside the loop.
-_SMALL = 512
+# How many states are wanted if the first attempt failed: one of so many; in the next
+# attempt all.
+_DENSE = 16
+# How close the end of the steps that were made again must be to what it was, relative
+# to the time that they take.
+_CLOSE = 1e-6
+# More than there are steps.
+_NEVER = 2**31 - 1
 
 
-class Ends(NamedTuple):
-    """What is kept of the final state."""
+class Progress(NamedTuple):
+    """Where the way back has got to."""
 
-    y: PyTree
-    solver_state: PyTree
-    tprev: Array
-    num_steps: Array
-    saved: list[save.Saved]
-    # `(None, None)` if there are no events.
-    event_times: tuple[Any, Any]
-
-
-class Carry(NamedTuple):
-    """What is carried from step to step, backwards. `1` is the end of the next step to
-    be undone."""
-
-    # How many steps are still to be undone. The index of the next is one less.
-    num_steps: Array
-    # How many of the stored checkpoints are still to be reached.
-    num_slots: Array
-    t1: Array
-    # The start of the step after, which differs from `t1` if there is a jump between.
-    t_after: Array
-    y1: PyTree
-    solver_state: PyTree
-    pullback: PyTree
-    # For each `SubSaveAt`.
-    saved: list[save.Saved]
-    grad_y1: PyTree
-    grad_solver_state: PyTree
-    grad_consts: dict[int, Any]
-    grad_times: times_.Times
-    # That at `t_after`; or `None` if no gradient asks for it.
-    node: times_.Node | None
-    # The largest so far.
-    drift: Array
-    # What has been rebuilt last, and from what; or `None`. See `_SMALL`.
-    last: Any
+    carry: Carry
+    slots: Slots
+    # The number of the step whose start was the last to be taken from a slot.
+    since: Array
+    # Whether something was found to differ.
+    has_failed: Array
+    # Of how many steps one is wanted besides those that the solver wants.
+    every: Array
+    # How many steps were made again, and how often the whole was begun anew.
+    num_again: Array
+    num_repeats: Array
 
 
 class WayBack:
-    """From the end of a solve to its start."""
-
     def __init__(
         self,
         *,
         fns: Functions,
-        pullback: AbstractPullback,
-        recorder: Recorder,
+        undo: Undo,
+        forward: Forward,
         init_state,
-        ends: Ends,
-        grad_final_state,
-        times: times_.Times,
-        wanted: times_.Times,
-        steps: tuple[int, ...],
-        check_drift: bool,
-        passed_solver_state: bool,
+        num_steps: Array,
+        record: Record,
+        checkpoint_every: int | None,
+        rerun: Callable,
     ):
         self._fns = fns
-        self._pullback = pullback
-        self._recorder = recorder
+        self._undo = undo
+        self._forward = forward
+        self._format = forward.format
         self._init_state = init_state
-        self._ends = ends
-        self._grad_final_state = grad_final_state
-        self._times = times
-        self._wanted = wanted
-        # Of each `SubSaveAt`.
-        self._steps = steps
-        self._check_drift = check_drift
-        self._passed_solver_state = passed_solver_state
+        self._num_steps = num_steps
+        self._record = record
+        self._every = _NEVER if checkpoint_every is None else checkpoint_every
+        self._rerun = rerun
 
-        self._grad_saves = jtu.tree_leaves(
-            grad_final_state.save_state, is_leaf=is_save_state
+    @property
+    def _initial(self) -> tuple[PyTree, PyTree]:
+        return self._init_state.y, self._init_state.solver_state
+
+    def walk(self) -> tuple[Progress, Array]:
+        """All the way. Returns as well whether, where steps were made again by the
+        host's loop, these were the same steps."""
+        record = self._record
+        zero, every = jnp.array(0), jnp.array(self._every)
+        progress = Progress(
+            carry=self._undo.start(),
+            slots=record.slots,
+            since=self._num_steps,
+            has_failed=jnp.array(False),
+            every=every,
+            num_again=zero,
+            num_repeats=zero,
         )
-        self._grad_ys = [None if save.is_zero(s.ys) else s.ys for s in self._grad_saves]
-        self._grad_dense_infos = _none_if_zero(grad_final_state.dense_infos)
-        self._grad_event_info = _none_if_zero(grad_final_state.event_dense_info)
-        self._want_dense_info = (
-            self._grad_dense_infos is not None
-            or self._grad_event_info is not None
-            or any(
-                g is not None and t is not None
-                for g, t in zip(self._grad_ys, times.saved)
+        session = Session(record.steps, zero, self._init_state.tprev, every)
+
+        def proceeds(loop):
+            progress, *_ = loop
+            is_inside = eqxi.unvmap_any(progress.carry.num_steps > 0)
+            return is_inside | progress.has_failed
+
+        def attempt(progress, session):
+            session = session._replace(every=progress.every)
+            return self._walk_session(progress, session)
+
+        def restart(progress):
+            return lax.cond(
+                progress.has_failed, lambda: self._again(progress), lambda: progress
             )
+
+        if not self._format.is_window:
+            # (Then the record is not carried, which would copy it.)
+            (progress,) = lax.while_loop(
+                proceeds,
+                lambda loop: (attempt(restart(loop[0]), session),),
+                (progress,),
+            )
+            return progress, jnp.array(True)
+
+        def attempt_session(loop):
+            progress, session, is_same = loop
+            # If it begins anew, none of the record can be read any more.
+            first = jnp.where(progress.has_failed, self._num_steps, session.first)
+            progress, session, is_same = self._next_session(
+                restart(progress), session._replace(first=first), is_same
+            )
+            return attempt(progress, session), session, is_same
+
+        progress, _, is_same = lax.while_loop(
+            proceeds,
+            attempt_session,
+            (progress, self._first_session(session), jnp.array(True)),
         )
-        self._zero_drift = jnp.zeros((), precision(ends.y).dtype)
-        leaves = jtu.tree_leaves((init_state.y, init_state.solver_state))
-        num_bytes = sum(x.size * x.dtype.itemsize for x in leaves if eqx.is_array(x))
-        self._is_small = num_bytes <= _SMALL
-        # Whether what is stored replaces what has been rebuilt, and whether it must do
-        # so before a gradient is pulled back through the step.
-        self._restores = recorder.has_slots or pullback.restores_start
-        self._restores_inside = self._restores and not (
-            self._is_small and pullback.can_restore_after(self._want_dense_info)
+        return progress, is_same
+
+    def _again(self, progress: Progress) -> Progress:
+        """From the end, all of a batch."""
+        is_first = progress.every > _DENSE
+        every = jnp.where(is_first, jnp.minimum(progress.every, _DENSE), 1)
+        return Progress(
+            carry=self._undo.start(),
+            slots=progress.slots._replace(count=jnp.zeros_like(progress.slots.count)),
+            since=self._num_steps,
+            has_failed=jnp.zeros_like(progress.has_failed),
+            every=every,
+            num_again=progress.num_again,
+            num_repeats=progress.num_repeats + 1,
         )
 
     #
-    # The whole of it
+    # Sessions
     #
 
-    def start(self, record: Record) -> Carry:
-        """At the end of the solve."""
-        ends, grad = self._ends, self._grad_final_state
-        no_steps = ends.num_steps == 0
-        t1 = self.last_time(record)
-        grad_times = times_.zeros(self._wanted, self._times)
-        if self._wanted.any_of_steps:
-            pairs = [(ends.tprev, grad.tprev, no_steps)]
-            if ends.event_times[0] is not None:
-                event_t0, event_t1 = ends.event_times
-                pairs += [
-                    (event_t0, grad.event_tprev, ends.num_steps <= 1),
-                    (event_t1, grad.event_tnext, no_steps),
-                ]
-            for t, grad_t, is_start in pairs:
-                grad_times = self._add_time(grad_times, t, grad_t, is_start)
-        fns, state = self._fns, ends.solver_state
-        return Carry(
-            num_steps=ends.num_steps,
-            num_slots=self._recorder.num_slots(record),
-            t1=t1,
-            t_after=ends.tprev,
-            y1=ends.y,
-            solver_state=state,
-            pullback=self._pullback.prime(fns, t1, ends.y, state),
-            saved=ends.saved,
-            grad_y1=materialise(grad.y, eqx.filter(ends.y, eqx.is_inexact_array)),
-            grad_solver_state=materialise(
-                grad.solver_state, eqx.filter(state, eqx.is_inexact_array)
-            ),
-            grad_consts=fns.zero_consts(save.function_names(fns.hoisted)),
-            grad_times=grad_times,
-            node=self._last_node(t1),
-            drift=self._zero_drift,
-            last=self._last((ends.y, state), (ends.y, state)),
+    @property
+    def _most(self) -> int:
+        """How many steps there can be in a session, if not all are recorded. (In the
+        place of the oldest row is the last, which may not be full.)"""
+        return self._format.length - BLOCK
+
+    def _first_session(self, session: Session) -> Session:
+        """What can be read of the record that was made on the way forward. It begins at
+        a state that is kept; if there is none, with the last step."""
+        n, slots = self._num_steps, self._record.slots
+        least = jnp.maximum(n - self._most, 0)
+        is_used = (
+            jnp.zeros(slots.size, bool)
+            .at[slots.order]
+            .set(jnp.arange(slots.size) < slots.count)
         )
+        numbers = jnp.where(is_used & (slots.numbers >= least), slots.numbers, n)
+        first = jnp.where(least == 0, 0, jnp.min(numbers))
+        t_first = self._format.end(session.steps, jnp.maximum(first - 1, 0))
+        t_first = jnp.where(first == 0, session.t_first, t_first)
+        return session._replace(first=first, t_first=t_first)
 
-    def _last_node(self, t1) -> times_.Node | None:
-        if not any(self._wanted.clipped):
-            return None
-        # (If it is not the end of the solve then a solve that an event has ended.)
-        grad = self._grad_final_state
-        grads = [g for g in (grad.tprev, grad.event_tnext) if g is not None]
-        return times_.Node(t1, sum(grads, jnp.zeros_like(t1)))
+    def _next_session(
+        self, progress: Progress, session: Session, is_same: Array
+    ) -> tuple[Progress, Session, Array]:
+        """If there are no more steps to be undone in this session, makes those before
+        again, from the last state that is kept, by the host's loop."""
+        carry = progress.carry
+        n, is_done = carry.num_steps, carry.num_steps == 0
+        needs = ~is_done & (n <= session.first)
 
-    def _last(self, state0, state1):
-        if not (self._is_small and self._check_drift):
-            return None
-        return self._comparable(state0), self._comparable(state1)
+        def proceeds(loop):
+            _, session, _, _ = loop
+            return eqxi.unvmap_any(needs & (session.first >= n))
 
-    def _comparable(self, state):
-        y, solver_state = state
-        return comparable(self._pullback.solver, y, solver_state)
-
-    def last_time(self, record: Record) -> Array:
-        """The end of the last accepted step."""
-        n = self._ends.num_steps
-        # (There may be one that was rejected.)
-        return jnp.where(n == 0, self._ends.tprev, self._recorder.last_time(record, n))
-
-    def event_is_lost(self, record: Record) -> Array | None:
-        """Whether the host interpolates over a last step that was not accepted, with a
-        gradient. `None` if there is no such gradient."""
-        if self._grad_event_info is None:
-            return None
-        was_used = [jnp.any(g != 0) for g in jtu.tree_leaves(self._grad_event_info)]
-        _, event_t1 = self._ends.event_times
-        is_lost = event_t1 != self.last_time(record)
-        return ft.reduce(jnp.logical_or, was_used) & is_lost
-
-    def walk(self, carry: Carry, record: Record, first) -> Carry:
-        """Back to the step number `first`."""
-        recorder, init_state = self._recorder, self._init_state
-
-        # There are two loops for the sake of the inner one, which touches no long array
-        # then: see `record._BLOCK`. As on the way forward, a batch leaves it together.
-        def walk_segment(carry: Carry) -> Carry:
-            segment = recorder.read_segment(
-                record, init_state, carry.num_steps, carry.num_slots, first
+        def run(loop):
+            slots, session, is_same, carry = loop
+            start = slots.top()
+            # What is at hand, and where a session begins, have slots of their own.
+            least = n - self._most
+            is_last = start >= least
+            stop = jnp.where(is_last, n, least)
+            # (An element that need not, makes no step.)
+            stop = jnp.where(needs, stop, start)
+            kept = slots.top_state(self._kept_initial)
+            _, (_, t_first) = kept
+            used = slots.count + jnp.where(is_last, 0, 1)
+            free = jnp.maximum(self._forward.num_slots + 1 - used, 0)
+            capacity = slots.count + jnp.where(is_last, free, free // 2)
+            capacity = jnp.minimum(capacity, slots.size - 1)
+            end, record = self._rerun(start, kept, slots, capacity, stop)
+            slots = record.slots.push(stop, end, needs & ~is_last)
+            new = Session(record.steps, start, t_first, session.every)
+            takes = needs & is_last
+            session = jtu.tree_map(lambda a, b: jnp.where(takes, a, b), new, session)
+            # To be undone from its own end, which may differ by rounding.
+            distance = jnp.abs(record.t_last - carry.t1)
+            is_close = distance <= _CLOSE * jnp.abs(carry.t1 - t_first)
+            is_same = is_same & (~takes | is_close)
+            y1, solver_state = self._restored(
+                takes, end, (carry.y1, carry.solver_state)
             )
-            read_stored = ft.partial(recorder.read_stored, record, init_state, segment)
-            if self._is_small and (self._restores or self._check_drift):
-                stored = read_stored()
-                read_stored = lambda: stored
+            t1 = jnp.where(takes, record.t_last, carry.t1)
+            carry = carry._replace(t1=t1, y1=y1, solver_state=solver_state)
+            return slots, session, is_same, carry
 
-            def proceeds(carry):
-                unfinished = carry.num_steps > first
-                is_at_end = unfinished & (carry.num_steps <= segment.first)
-                return eqxi.unvmap_any(unfinished) & ~eqxi.unvmap_any(is_at_end)
+        loop = (progress.slots, session, is_same, carry)
+        slots, session, is_same, carry = lax.while_loop(proceeds, run, loop)
+        return progress._replace(slots=slots, carry=carry), session, is_same
 
-            before = carry.num_steps
-            carry = lax.while_loop(
-                proceeds, lambda carry: self._undo(carry, segment, read_stored), carry
-            )
-            if self._is_small:
-                is_here = (before > segment.stored_at) & (
-                    carry.num_steps <= segment.stored_at
-                )
-                carry = self._restore_after(carry, is_here, segment, read_stored)
-            num_passed = segment.num_passed(carry.num_steps)
-            return carry._replace(num_slots=carry.num_slots - num_passed)
+    def _restored(self, pred, kept: PyTree, state: PyTree) -> PyTree:
+        """`(y, solver_state)`, or if `pred` that which was kept."""
+        arrays, _ = kept
+        old, static = eqx.partition(state, eqx.is_array)
+        new = jtu.tree_map(lambda a, b: jnp.where(pred, a, b), arrays, old)
+        return eqx.combine(new, static)
+
+    @property
+    def _kept_initial(self) -> PyTree:
+        return self._forward.kept(self._init_state, self._init_state.tprev)
+
+    #
+    # Steps
+    #
+
+    def _walk_session(self, progress: Progress, session: Session) -> Progress:
+        """Back to the first step of a session, unless something is found to differ."""
+        first = session.first
+
+        def proceeds(progress):
+            is_inside = progress.carry.num_steps > first
+            return eqxi.unvmap_any(is_inside) & ~progress.has_failed
 
         return lax.while_loop(
-            lambda carry: eqxi.unvmap_any(carry.num_steps > first), walk_segment, carry
+            proceeds, lambda progress: self._walk_block(progress, session), progress
         )
 
-    def walk_windows(
-        self, carry: Carry, record: Record, rerun: Callable[[Array], Record]
-    ) -> tuple[Carry, Array]:
-        """Back to the start, if no more than the last steps are recorded. `rerun` makes
-        the record of that many steps. Returns as well whether these were the same
-        steps."""
-        recorder, num_steps = self._recorder, self._ends.num_steps
+    def _walk_block(self, progress: Progress, session: Session) -> Progress:
+        """Some of the steps: to the next state that is kept, or wanted, at most."""
+        carry, slots = progress.carry, progress.slots
+        is_inside = carry.num_steps > session.first
+        last = jnp.maximum(carry.num_steps - 1, session.first)
+        numbers = jnp.maximum(last - jnp.arange(BLOCK), session.first)
+        block = self._format.read(session, numbers)
+        first = jnp.maximum(session.first, last + 1 - BLOCK)
+        wanted = jnp.max(jnp.where(block.is_wanted & is_inside, numbers, -1))
 
-        def walk_window(carry__record__consistent):
-            carry, record, is_consistent = carry__record__consistent
-            # An element that is done makes its first step again.
-            is_done = carry.num_steps == 0
-            stop = jnp.where(
-                is_done, jnp.minimum(num_steps, recorder.length), carry.num_steps
-            ).astype(jnp.result_type(int))
-            again = rerun(stop)
-            record = recorder.replace_steps(record, again)
-            is_same = again.t_last == carry.t1
-            is_consistent = is_consistent & (is_same | is_done)
-            carry = self.walk(carry, record, recorder.first_step(stop))
-            return carry, record, is_consistent
+        # An element of a batch waits for those that can go on without.
+        is_stuck = wanted > slots.top()
+        makes = eqxi.unvmap_any(is_stuck) & ~eqxi.unvmap_any(is_inside & ~is_stuck)
+        slots, num_made, carry = lax.cond(
+            makes,
+            lambda: self._make_again(carry, slots, session, wanted, is_stuck),
+            lambda: (slots, jnp.zeros_like(progress.num_again), carry),
+        )
+        is_waiting = is_stuck & ~makes
 
-        carry = self.walk(carry, record, recorder.first_step(num_steps))
-        carry, _, is_repeated = lax.while_loop(
-            lambda x: eqxi.unvmap_any(x[0].num_steps > 0),
-            walk_window,
-            (carry, record, jnp.array(True)),
+        target = slots.top()
+        has_target = target >= first
+        kept = slots.top_state(self._kept_initial)
+        y, solver_state = self._restored(True, kept, self._initial)
+        segment = Segment(
+            block, last, jnp.where(has_target, target, -1), y, solver_state
         )
-        return carry, is_repeated
+        limit = jnp.where(has_target, target, first)
+        limit = jnp.where(is_waiting | ~is_inside, carry.num_steps, limit)
+        moves = carry.num_steps > limit
 
-    #
-    # One step
-    #
+        # A batch leaves the inner loop together. It touches no long array.
+        def goes_on(carry):
+            is_there = moves & (carry.num_steps <= limit)
+            return eqxi.unvmap_any(carry.num_steps > limit) & ~eqxi.unvmap_any(is_there)
 
-    def _undo(
-        self, carry: Carry, segment: Segment, read_stored: Callable[[], PyTree]
-    ) -> Carry:
-        # Under `vmap` an element that is done makes its first step again, with a zero
-        # gradient: at a place where it has been before, so that no NaN comes of it.
-        active = carry.num_steps > 0
-        unfinished = carry.num_steps > 1
-        index = jnp.maximum(carry.num_steps - 1, 0)
-        zero_unless_active = ft.partial(
-            jtu.tree_map, lambda g: where_active(active, g, jnp.zeros_like(g))
+        carry = lax.while_loop(
+            goes_on,
+            lambda carry: self._undo.step(carry, segment, carry.num_steps > limit),
+            carry,
         )
-        # Which for an element that is done are the result.
-        grad_y0, grad_solver_state0 = carry.grad_y1, carry.grad_solver_state
-        carry = carry._replace(
-            grad_y1=zero_unless_active(grad_y0),
-            grad_solver_state=zero_unless_active(grad_solver_state0),
+        arrives = moves & has_target & (carry.num_steps == target)
+        # Of a segment of one step, nothing has been rebuilt.
+        is_rebuilt = (progress.since - target > 1) & ~block.is_needed[last - target]
+        checks = arrives & is_rebuilt
+        differs = lax.cond(
+            eqxi.unvmap_any(checks),
+            lambda: self._differs(carry, segment, progress.since, checks),
+            lambda: jnp.zeros_like(progress.has_failed),
         )
-        is_start = index == 0
-        t_prev, t0, made_jump = segment.times(index)
-        init_state = self._init_state
-        step = Step(
-            t0,
-            carry.t1,
-            carry.y1,
-            self._recorder.read_recorded(segment, carry.solver_state, index),
-            made_jump,
-            (is_start, init_state.y, init_state.solver_state)
-            if self._passed_solver_state
-            else None,
+        y1, solver_state1 = self._restored(
+            arrives, kept, (carry.y1, carry.solver_state)
         )
-        restore = ft.partial(
-            self._restore, carry, index == segment.stored_at, segment, read_stored
-        )
-        fns = self._fns
-        rebuilt = self._pullback.rebuild(
-            fns, carry.pullback, step, restore, self._want_dense_info
-        )
-        drift, last = rebuilt.restored
-        before, grad_end, (grad_t0, grad_t1), grad_dense_info = self._pull_saved(
-            carry, index, t_prev, step, rebuilt
-        )
-        grads, new_pullback = rebuilt.pull(
-            before.grad_y1, before.grad_solver_state, grad_dense_info
-        )
-        grad_consts = dict(before.grad_consts)
-        save.accumulate(grad_consts, grads.consts)
-        grad_times = before.grad_times
-        if fns.times_vary:
-            for t, grad, at_start in (
-                (carry.t_after, grad_end, jnp.array(False)),
-                (carry.t1, grad_t1 + grads.t1, jnp.array(False)),
-                (t0, grad_t0 + grads.t0, is_start),
-            ):
-                grad = jnp.where(active, grad, 0)
-                grad_times = self._add_time(grad_times, t, grad, at_start)
-        node = carry.node
-        if node is not None:
-            grad_node = jnp.where(active, node.grad + grad_end + grad_t1 + grads.t1, 0)
-            grad_times = times_.move(
-                grad_times, self._times, carry.t1, t0, node.next, grad_node
-            )
-            grad_node = grad_t0 + grads.t0
-            if self._grad_final_state.event_tprev is not None:
-                is_last = carry.num_steps == self._ends.num_steps
-                event_grad = self._grad_final_state.event_tprev
-                grad_node = grad_node + jnp.where(is_last, event_grad, 0)
-            node = times_.Node(carry.t1, grad_node)
-        return Carry(
-            num_steps=index,
-            num_slots=carry.num_slots,
-            t1=_keep(unfinished, t_prev, carry.t1),
-            t_after=t0,
-            y1=_keep(unfinished, rebuilt.y0, carry.y1),
-            solver_state=_keep(unfinished, rebuilt.solver_state, carry.solver_state),
-            # Of a batch it is one whole. An element that is done has what belongs to
-            # its start here, and pulls back zero through it.
-            pullback=new_pullback,
-            saved=before.saved,
-            grad_y1=_keep(active, grads.y0, grad_y0),
-            grad_solver_state=_keep(active, grads.solver_state, grad_solver_state0),
-            grad_consts=grad_consts,
-            grad_times=grad_times,
-            node=node,
-            drift=carry.drift if last is not None else jnp.maximum(carry.drift, drift),
-            last=last,
+        return Progress(
+            carry=carry._replace(y1=y1, solver_state=solver_state1),
+            slots=slots.pop(arrives & (slots.count > 0)),
+            since=jnp.where(arrives, target, progress.since),
+            # (Together, so that what a batch shares stays shared.)
+            has_failed=progress.has_failed | eqxi.unvmap_any(checks & differs),
+            every=progress.every,
+            num_again=progress.num_again + num_made,
+            num_repeats=progress.num_repeats,
         )
 
-    def _restore(
+    def _make_again(
         self,
         carry: Carry,
-        is_here: Array,
-        segment: Segment,
-        read_stored: Callable[[], PyTree],
-        y0: PyTree,
-        solver_state0: PyTree,
-    ):
-        """What a pullback calls with what it has rebuilt. `is_here` if that is stored
-        too."""
-        made_steps = self._ends.num_steps > 0
-        # An element that never made a step is already where it started.
-        rebuilt = _keep(made_steps, (y0, solver_state0), (carry.y1, carry.solver_state))
-
-        def restored():
-            return _select(is_here, read_stored(), rebuilt)
-
-        if self._is_small:
-            y0, solver_state0 = restored() if self._restores_inside else rebuilt
-            last = self._last(rebuilt, (carry.y1, carry.solver_state))
-            return y0, solver_state0, (self._zero_drift, last)
-        if not (self._restores or self._check_drift):
-            return *rebuilt, (self._zero_drift, None)
-
-        def compare():
-            stored, drift = restored(), self._zero_drift
-            if self._check_drift:
-                drift = distance(
-                    self._comparable(rebuilt),
-                    self._comparable(stored),
-                    self._comparable((carry.y1, carry.solver_state)),
-                )
-                is_active = is_here & (carry.num_steps > 0)
-                drift = jnp.where(is_active & segment.is_undone, drift, 0)
-            return (stored if self._restores else None), drift
-
-        stored, drift = lax.cond(
-            eqxi.unvmap_any(is_here & made_steps),
-            compare,
-            lambda: (rebuilt if self._restores else None, self._zero_drift),
+        slots: Slots,
+        session: Session,
+        wanted: Array,
+        is_stuck: Array,
+    ) -> tuple[Slots, Array, Carry]:
+        # What is at hand has a slot of its own, as has where a session begins.
+        in_session = jnp.where(session.first > 0, 1, 0)
+        slots, num_made = make_again(
+            self._format,
+            self._fns,
+            session,
+            slots,
+            self._kept_initial,
+            self._initial,
+            wanted,
+            is_stuck,
+            self._forward.num_slots + in_session,
         )
-        y0, solver_state0 = rebuilt if stored is None else stored
-        return y0, solver_state0, (drift, None)
+        return slots, num_made, self._undo.prime(carry)
 
-    def _restore_after(
-        self,
-        carry: Carry,
-        is_here: Array,
-        segment: Segment,
-        read_stored: Callable[[], PyTree],
-    ) -> Carry:
-        """The same outside the inner loop, which ends where something is stored."""
-        state = (carry.y1, carry.solver_state)
-        if self._check_drift:
-            last_y0, last_y1 = carry.last
-            stored = _select(True, read_stored(), state)
-            drift = distance(last_y0, self._comparable(stored), last_y1)
-            drift = jnp.where(is_here & segment.is_undone, drift, 0)
-            carry = carry._replace(drift=jnp.maximum(carry.drift, drift))
-        if self._restores and not self._restores_inside:
-            # (An element that is done stays at the end of its first step.)
-            y1, solver_state = _select(
-                is_here & (carry.num_steps > 0), read_stored(), state
-            )
-            carry = carry._replace(y1=y1, solver_state=solver_state)
-        return carry
-
-    def _pull_saved(
-        self, carry: Carry, index: Array, t_prev: Array, step: Step, rebuilt: Rebuilt
-    ):
-        """Pulls back what was saved during a step, in the order opposite to that in
-        which it was saved.
-
-        Returns `carry`, before the step is undone but with these gradients; and the
-        gradients of where the step after starts, of the start and the end of this step,
-        and of `rebuilt.dense_info`.
-        """
-        active = carry.num_steps > 0
-        fns, grad = self._fns, self._grad_final_state
-        grad_consts, grad_times = dict(carry.grad_consts), carry.grad_times
-        grad_y1 = carry.grad_y1
-        grad_dense_info = None
-        if self._grad_event_info is not None:
-            # The last step is the one in which an event may have been.
-            is_last = active & (carry.num_steps == self._ends.num_steps)
-            grad_dense_info = jtu.tree_map(
-                lambda g: jnp.where(is_last, g, 0), self._grad_event_info
-            )
-        if self._grad_dense_infos is not None:
-            grad_dense_info = tree_add(
-                grad_dense_info,
-                jtu.tree_map(
-                    lambda g: where_active(active, g[index], jnp.zeros_like(g[index])),
-                    self._grad_dense_infos,
-                ),
-            )
-        grad_t0 = grad_t1 = grad_end = jnp.zeros_like(carry.t1)
-        if fns.times_vary and grad.dense_ts is not None:
-            grad_end = grad_end + grad.dense_ts[index + 1]
-        new_saved = []
-        for i, saved in enumerate(carry.saved):
-            grad_ys, grad_saved = self._grad_ys[i], self._grad_saves[i]
-            if self._steps[i] != 0:
-                is_saved = active & ((index + 1) % self._steps[i] == 0)
-                if grad_ys is not None:
-                    new_consts, grad_t, grad_y = save.pull_steps(
-                        fns, i, is_saved, carry.t_after, carry.y1, grad_ys, saved
-                    )
-                    save.accumulate(grad_consts, new_consts)
-                    grad_y1 = tree_add(grad_y1, grad_y)
-                    grad_end = grad_end + grad_t
-                if fns.times_vary and grad_saved.ts is not None:
-                    grad_end = grad_end + jnp.where(
-                        is_saved, saved.last(grad_saved.ts), 0
-                    )
-                saved = saved._replace(index=saved.index - jnp.where(is_saved, 1, 0))
-            ts = self._times.saved[i]
-            if ts is not None and (grad_ys is not None or self._wanted.saved[i]):
-                saved, grad_consts, grad_ts, grad_dense_info, new_t0, new_t1 = (
-                    save.pull_ts(
-                        fns,
-                        i,
-                        step,
-                        rebuilt.dense_info,
-                        ts,
-                        # Saved here were those after the end of the step before.
-                        lambda t: active & ((index == 0) | (t > t_prev)),
-                        saved,
-                        grad_saved,
-                        grad_consts,
-                        grad_times.saved[i],
-                        grad_dense_info,
-                    )
-                )
-                grad_times = grad_times._replace(
-                    saved=_replaced(grad_times.saved, i, grad_ts)
-                )
-                grad_t0, grad_t1 = grad_t0 + new_t0, grad_t1 + new_t1
-            new_saved.append(saved)
-        carry = carry._replace(
-            saved=new_saved,
-            grad_y1=grad_y1,
-            grad_consts=grad_consts,
-            grad_times=grad_times,
+    def _differs(
+        self, carry: Carry, segment: Segment, since: Array, checks: Array
+    ) -> Array:
+        solver, state = self._forward.solver, (segment.y, segment.solver_state)
+        _, t0, t1, _ = segment.block.times(segment.last - carry.num_steps)
+        rebuilt = comparable(solver, carry.y1, carry.solver_state)
+        found = verify.Found(
+            t0, t1, (carry.y1, segment.y), (rebuilt, comparable(solver, *state))
         )
-        return carry, grad_end, (grad_t0, grad_t1), grad_dense_info
-
-    def _add_time(self, grad_times: times_.Times, t, grad, is_start) -> times_.Times:
-        if grad is None:
-            return grad_times
-        return times_.add(grad_times, self._times, t, grad, is_start)
-
-
-def _select(pred, arrays: PyTree, state: PyTree) -> PyTree:
-    """`state`, or if `pred` the same with these arrays."""
-    old, static = eqx.partition(state, eqx.is_array)
-    new = jtu.tree_map(lambda a, b: jnp.where(pred, a, b), arrays, old)
-    return eqx.combine(new, static)
-
-
-def _keep(pred, new: PyTree, old: PyTree) -> PyTree:
-    return jtu.tree_map(lambda a, b: where_active(pred, a, b), new, old)
-
-
-def _none_if_zero(grads: PyTree) -> PyTree:
-    return None if save.is_zero(grads) else grads
-
-
-def _replaced(xs: tuple, i: int, x) -> tuple:
-    return (*xs[:i], x, *xs[i + 1 :])
+        num_steps = since - carry.num_steps
+        return verify.differs(
+            self._fns, found, carry.grad_y1, carry.grad_consts, num_steps, checks
+        )

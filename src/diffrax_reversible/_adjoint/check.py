@@ -1,0 +1,56 @@
+"""What can go wrong with a gradient though the solution is right."""
+
+import functools as ft
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._jax_compat import eqxi
+
+
+def all_finite(tree: PyTree) -> Array:
+    leaves = jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
+    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+    return ft.reduce(jnp.logical_and, finite, jnp.array(True))
+
+
+def check(
+    grads: PyTree,
+    grad_final_state: PyTree,
+    is_consistent: Array,
+    is_same: Array,
+    event_is_lost: Array | None,
+    throw: bool,
+) -> PyTree:
+    """Raises an error, or without `throw` makes that gradient (of this element of a
+    batch) NaN."""
+    messages = [
+        "The step size controller started a step elsewhere than at the end of the step "
+        "before (or, at a jump, just after it). `adjoint=ReversibleAdjoint()` cannot "
+        "record such steps. Use `adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
+        "This solve makes more steps than `adjoint=ReversibleAdjoint()` records, so "
+        "that some are made again on the backward pass. That did not lead to the same "
+        "steps, because of rounding: the solution is chaotic. Use "
+        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
+        "The last step of a solve with an event was rejected, and yet its gradient "
+        "is asked for. (So it is in a batch of which some elements have an event, "
+        "if one that has none runs into `max_steps`.) "
+        "`adjoint=ReversibleAdjoint()` has not recorded such a step. Use a larger "
+        "`max_steps`.",
+        "The gradient is not finite. Either the solution or the derivative of the "
+        "vector field is not finite somewhere: look at `sol.ys`, and at functions such "
+        "as `jnp.sqrt` at zero. With `throw=False` it is NaN, as with other adjoints.",
+    ]
+    lost = jnp.array(False) if event_is_lost is None else event_is_lost
+    # If it is not finite then that is not for what it was pulled back from.
+    overflow = ~all_finite(grads) & all_finite(grad_final_state)
+    wrong = jnp.stack([~is_consistent, ~is_same, lost, overflow])
+    is_wrong = jnp.any(wrong)
+    if throw:
+        which = eqxi.unvmap_max(jnp.argmax(wrong))
+        return eqxi.branched_error_if(grads, is_wrong, which, messages)
+    # (What is not finite is left as it is: others may be right.)
+    is_unknown = jnp.any(wrong[:3])
+    return jtu.tree_map(lambda g: jnp.where(is_unknown, jnp.nan, g), grads)

@@ -1,0 +1,312 @@
+"""The pullback of a step that is a sequence of couplings: undoing a coupling and
+differentiating it take one evaluation between them."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._method.base import AbstractReversibleSolver
+from .._method.coupling import AbstractCouplingSolver, Registers, StepInfo
+from .._method.tree import stop_gradient, tree_add
+from .functions import of_dtype
+from .pullback import AbstractPullback, add_step, GenericPullback, Grads, Rebuilt, Start
+
+
+class CouplingPullback(AbstractPullback):
+    solver: AbstractCouplingSolver
+
+    def __init__(
+        self,
+        solver: AbstractCouplingSolver,
+        fallback: AbstractPullback | None,
+    ):
+        self.solver = solver
+        self.fallback = fallback
+        self.couplings = solver.checked_couplings()
+        self.last = len(self.couplings) - 1
+
+    @property
+    def _first_shift(self) -> int:
+        """The first coupling that shifts anything."""
+        shifts = [k for k, c in enumerate(self.couplings) if c.shift is not None]
+        return shifts[0]
+
+    def _known_others(self, start: Start, fixed: PyTree) -> tuple[PyTree, ...]:
+        """What that depends on. Nothing has to be undone for it."""
+        registers = list(self.solver.split(start.y, start.solver_state).registers)
+        for coupling in self.couplings[: self._first_shift]:
+            coupling.apply(registers, coupling.scale_at(fixed), None)
+        return self.couplings[self._first_shift].others(registers)
+
+    def _has_value(self, k: int) -> bool:
+        return self.solver.has_evaluate and k in (0, self.last)
+
+    def add_functions(self, hoister, terms, args, step):
+        if self.fallback is None:
+            add_step(hoister, self.solver, terms, args, step)
+        else:
+            self.fallback.add_functions(hoister, terms, args, step)
+        solver = self.solver
+        registers1, value, fixed, _ = solver.arrange(step.y1, step.solver_state)
+        registers = solver._unpermute(registers1)
+        t0, t1 = step.t0, step.t1
+        control = hoister.add(
+            "control",
+            lambda fixed, t0, t1: solver.control(terms, t0, t1, fixed),
+            fixed,
+            t0,
+            t1,
+        )
+        infos = []
+        for k, coupling in enumerate(self.couplings):
+
+            def shift(fixed, t0, t1, control, others, value, coupling=coupling):
+                info = StepInfo(terms, t0, t1, args, control, fixed, value)
+                shift, info_k = coupling.shift_at(info, others)
+                if solver.is_constant(coupling):
+                    shift = stop_gradient(shift)
+                return shift, info_k
+
+            others = coupling.others(registers)
+            value_k = value if self._has_value(k) else None
+            info_k = {}
+            if coupling.shift is not None:
+                _, info_k = hoister.add(
+                    f"shift_{k}", shift, fixed, t0, t1, control, others, value_k
+                )
+            infos.append(info_k)
+            if callable(coupling.scale):
+                hoister.add(f"scale_{k}", coupling.scale, fixed)
+        hoister.add("next_fixed", solver.next_fixed, fixed, t0, t1)
+        hoister.add("finish", solver.finish, tuple(registers), registers1, tuple(infos))
+        if solver.has_evaluate:
+            others = self.couplings[-1].others(registers)
+            hoister.add(
+                "evaluate",
+                lambda t, others: solver.evaluate(terms, t, others, args),
+                t0,
+                others,
+            )
+
+    def stop_recorded(self, y, solver_state):
+        # What is recorded, and the memo.
+        def where(state):
+            memo = self.solver.split(y, state).memo
+            return jtu.tree_leaves((self.solver.recorded(state), memo))
+
+        leaves = where(solver_state)
+        if len(leaves) == 0:
+            return solver_state
+        return eqx.tree_at(where, solver_state, stop_gradient(leaves))
+
+    def choose(self, fns, perturbed_solver_state):
+        # What is recorded is taken for a constant here.
+        perturbed = self.solver.recorded(perturbed_solver_state)
+        if self.fallback is not None and (
+            fns.times_vary
+            or any(jtu.tree_leaves(perturbed))
+            or fns.depends("next_fixed")
+        ):
+            return self.fallback
+        return self
+
+    def _scale(self, fns, k, fixed):
+        """The scale, and a function that takes its gradient to the constants."""
+        coupling = self.couplings[k]
+        if not callable(coupling.scale):
+            return coupling.scale, None
+        if coupling.register in self.solver.constants:
+            return fns.call(f"scale_{k}", fixed), None
+        out, pull = fns.vjp(f"scale_{k}", (fixed,), ())
+        return out, pull if fns.depends(f"scale_{k}") else None
+
+    def _drop_constants(self, grads: list[PyTree]) -> list[PyTree]:
+        constants = self.solver.constants
+        return [None if i in constants else g for i, g in enumerate(grads)]
+
+    def prime(self, fns, t1, y1, solver_state):
+        if not self.solver.has_evaluate:
+            return None
+        registers1 = self.solver.split(y1, solver_state).registers
+        others = self.couplings[-1].others(self.solver._unpermute(registers1))
+        arguments = self._evaluate_arguments(fns, t1, others)
+        _, residuals, _ = fns.linearise("evaluate", *arguments)
+        return residuals
+
+    def _evaluate_arguments(self, fns, t, others):
+        constant, varying = fns.split_times((), (t,))
+        return constant, (*varying, others)
+
+    def rebuild(self, fns, carry, step, start, want_dense_info):
+        solver = self.solver
+        registers1, value1, fixed, memo = solver.arrange(step.y1, step.solver_state)
+        constant, varying_times = fns.split_times((fixed,), (step.t0, step.t1))
+        control, pull_control = fns.vjp("control", constant, varying_times)
+        control_varies = fns.times_vary or fns.depends("control")
+
+        registers = solver._unpermute(registers1)
+        value0 = residuals0 = with_residuals = None
+        pulls: list[Any] = [None] * len(self.couplings)
+        infos: list[Any] = [None] * len(self.couplings)
+        scales: list[Any] = [None] * len(self.couplings)
+        pull_scales: list[Any] = [None] * len(self.couplings)
+        unscaled: list[Any] = [None] * len(self.couplings)
+        shifts: list[Any] = [None] * len(self.couplings)
+        for k in reversed(range(len(self.couplings))):
+            coupling = self.couplings[k]
+            others = coupling.others(registers)
+            if k == self._first_shift:
+                others = start.select(self._known_others(start, fixed), others)
+            value = None
+            if self._has_value(k):
+                if k == 0:
+                    value0, residuals0, with_residuals = fns.linearise(
+                        "evaluate", *self._evaluate_arguments(fns, step.t0, others)
+                    )
+                    # At the start of the solve, it need not be what is found here.
+                    known = solver.split(start.y, start.solver_state).value
+                    value0 = start.select(known, value0)
+                    value = value0
+                else:
+                    value = value1
+            if control_varies:
+                own_constant, varying = constant, (control, others, value)
+            else:
+                own_constant, varying = (*constant, control), (others, value)
+            varying = (*varying_times, *varying)
+            if coupling.shift is None:
+                shift, infos[k] = None, {}
+            elif solver.is_constant(coupling) and not want_dense_info:
+                shift, infos[k] = fns.call(f"shift_{k}", *own_constant, *varying)
+            else:
+                (shift, infos[k]), pulls[k] = fns.vjp(
+                    f"shift_{k}", own_constant, varying
+                )
+            scales[k], pull_scales[k] = self._scale(fns, k, fixed)
+            coupling.undo(registers, scales[k], shift)
+            unscaled[k] = registers[coupling.register]
+            shifts[k] = shift
+        registers0 = solver.rebuilt(registers)
+        if solver.has_evaluate:
+            # All linearisations of `evaluate` differ only in their residuals.
+            assert with_residuals is not None
+            next_carry, pull_value1 = residuals0, with_residuals(carry)
+        else:
+            next_carry, pull_value1 = carry, None
+        rebuilt = solver.merge(Registers(registers0, value0, fixed, memo))
+
+        if want_dense_info:
+            registers0 = solver.split(*start.choose(*rebuilt)).registers
+            (_, dense_info), pull_finish = fns.vjp(
+                "finish", (), (registers0, registers1, tuple(infos))
+            )
+        else:
+            dense_info = pull_finish = None
+
+        def pull(grad_y1, grad_solver_state1, grad_dense_info):
+            grad_registers1, grad_value1, grad_fixed, grad_memo = solver.arrange(
+                grad_y1, grad_solver_state1
+            )
+            grad_consts: dict[int, Any] = {}
+            grad_control = grad_value0 = grad_finish0 = None
+            grad_times: tuple = (None, None)
+            grad_infos: tuple = (None,) * len(self.couplings)
+
+            def add_consts(new):
+                for i, g in new.items():
+                    grad_consts[i] = tree_add(grad_consts.get(i), g)
+
+            if grad_dense_info is not None:
+                assert pull_finish is not None
+                new, (grad_finish0, grad_finish1, grad_infos) = pull_finish(
+                    (None, grad_dense_info)
+                )
+                add_consts(new)
+                grad_registers1 = tree_add(grad_registers1, grad_finish1)
+
+            grads = self._drop_constants(solver._unpermute(grad_registers1))
+            for k in reversed(range(len(self.couplings))):
+                coupling = self.couplings[k]
+                i = coupling.register
+                grad_others = grad_value_k = None
+                if pulls[k] is not None:
+                    grad_shift = of_dtype(coupling.grad_shift(grads), shifts[k])
+                    new, (*grad_others_k, grad_others, grad_value_k) = pulls[k](
+                        (grad_shift, grad_infos[k])
+                    )
+                    add_consts(new)
+                    if control_varies:
+                        grad_control = tree_add(grad_control, grad_others_k.pop())
+                    if fns.times_vary:
+                        grad_times = tree_add(grad_times, tuple(grad_others_k))
+                if pull_scales[k] is not None:
+                    _, pull_product = jax.vjp(
+                        lambda s, k=k: jtu.tree_map(lambda x: s * x, unscaled[k]),
+                        scales[k],
+                    )
+                    new, _ = pull_scales[k](*pull_product(grads[i]))
+                    add_consts(new)
+                coupling.pull_scale(grads, scales[k])
+                if grad_others is not None:
+                    coupling.add_others(grads, grad_others)
+                    grads = self._drop_constants(grads)
+                if self._has_value(k):
+                    if k == 0:
+                        grad_value0 = grad_value_k
+                    else:
+                        assert pull_value1 is not None
+                        new, (*grad_t1, grad_others) = pull_value1(
+                            tree_add(grad_value1, grad_value_k)
+                        )
+                        add_consts(new)
+                        if fns.times_vary:
+                            grad_times = tree_add(grad_times, (None, *grad_t1))
+                        coupling.add_others(grads, grad_others)
+            if control_varies:
+                new, grad_times_control = pull_control(grad_control)
+                add_consts(new)
+                if fns.times_vary:
+                    grad_times = tree_add(grad_times, grad_times_control)
+            if grad_finish0 is not None:
+                grads = [tree_add(g, h) for g, h in zip(grads, grad_finish0)]
+            for i in solver.constants:
+                grads[i] = jtu.tree_map(
+                    jnp.zeros_like, eqx.filter(registers0[i], eqx.is_inexact_array)
+                )
+            grad_y0, grad_solver_state0 = solver.merge(
+                Registers(tuple(grads), grad_value0, grad_fixed, grad_memo)
+            )
+            return (
+                Grads(grad_consts, grad_y0, grad_solver_state0, *grad_times),
+                next_carry,
+            )
+
+        return Rebuilt(*rebuilt, dense_info, pull)
+
+
+def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):
+    """What should be the same, but for rounding, in what was rebuilt and in what was
+    stored: `y`, but for solvers with `evaluate` the registers that do not depend on the
+    kept value. For that may be from before the solve, with other `args`."""
+    if isinstance(solver, AbstractCouplingSolver) and solver.has_evaluate:
+        registers = solver.split(y, solver_state).registers
+        return solver.checked_couplings()[0].others(registers)
+    return y
+
+
+def make_pullback(
+    solver: AbstractReversibleSolver, solver_state: PyTree, made_jump: Any
+) -> AbstractPullback:
+    if not isinstance(solver, AbstractCouplingSolver) or (
+        # After a jump, or a reset, the value at hand is not that from the step before.
+        solver.has_evaluate and (solver.resets or made_jump is not False)
+    ):
+        return GenericPullback(solver)
+    # What is recorded may be among what is differentiated, if it is not only counters.
+    recorded = solver.recorded(solver_state)
+    has_floats = any(map(eqx.is_inexact_array, jtu.tree_leaves(recorded)))
+    return CouplingPullback(solver, GenericPullback(solver) if has_floats else None)

@@ -1,0 +1,285 @@
+"""The host's loop over steps, with a record of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._jax_compat import eqxi
+from .._method.base import AbstractReversibleSolver
+from .._method.tree import replace
+from . import slots as slots_
+from .slots import Keeping, Slots
+from .steps import BLOCK, Format, Steps
+from .vmap import where_active
+
+
+class Record(NamedTuple):
+    """What is left of a solve for the way back."""
+
+    # Of all accepted steps, or of the last. Their number is in the host's state.
+    steps: Steps
+    slots: Slots
+    # How many states were wanted.
+    num_wanted: Any
+    # The end of the last accepted step.
+    t_last: Array
+    # Whether the times of all steps can be had again from `steps`.
+    is_consistent: Array
+
+
+class _Row(NamedTuple):
+    """What is carried from step to step besides the host's state."""
+
+    # The row that the last step is in, whether that is full, and how many steps have
+    # been copied into the long record.
+    steps: Steps
+    is_full: Array
+    num_copied: Array
+    t_last: Array
+    is_consistent: Array
+    # Of the last step: whether its start is wanted, or may be kept anyway; its number,
+    # and its start.
+    is_wanted: Array
+    is_candidate: Array
+    index: Array
+    start: PyTree
+
+
+class Forward:
+    """How a solve is made, and made again.
+
+    **Arguments:**
+
+    - `checkpoint_every`: Of how many steps one is wanted anyway, or `None`.
+    - `grid`: Of how many steps one may be kept, if there is room, for the comparison
+        with what is rebuilt.
+    """
+
+    def __init__(
+        self,
+        solver: AbstractReversibleSolver,
+        format: Format,
+        num_slots: int,
+        checkpoint_every: int | None,
+        grid: int,
+    ):
+        self.solver = solver
+        self.format = format
+        self.num_slots = num_slots
+        self._checkpoint_every = checkpoint_every
+        self.grid = grid
+
+    #
+    # What is kept of a state
+    #
+
+    def kept(self, state, t_last: Array) -> PyTree:
+        """Of the host's state, at the start of a step."""
+        out = _arrays((state.y, state.solver_state))
+        if not self.format.is_window:
+            return out, None
+        # The times of steps are then not all recorded, and have to be made again.
+        return out, (_arrays(self._rest(state)), t_last)
+
+    def _rest(self, state) -> tuple[Any, ...]:
+        # (In the loop the host's static values are arrays.)
+        made_jump = False if self.format.made_jump is False else state.made_jump
+        return state.tprev, state.tnext, made_jump, state.controller_state
+
+    def resume(self, init_state, number: Array, kept: PyTree) -> tuple[Any, Array]:
+        """The host's state, and the end of the step before."""
+        arrays, (rest, t_last) = kept
+        old = ((init_state.y, init_state.solver_state), self._rest(init_state))
+        (y, solver_state), rest = eqx.combine((arrays, rest), old)
+        tprev, tnext, made_jump, controller_state = rest
+        number = number.astype(jnp.result_type(init_state.num_steps))
+        state = replace(
+            init_state,
+            y=y,
+            solver_state=solver_state,
+            tprev=tprev,
+            tnext=tnext,
+            made_jump=made_jump,
+            controller_state=controller_state,
+            num_steps=number,
+            num_accepted_steps=number,
+        )
+        return state, t_last
+
+    def empty_slots(self, init_state) -> Slots:
+        # One more for what is at hand, and one for where a record begins.
+        size = self.num_slots + (2 if self.format.is_window else 1)
+        return slots_.empty(size, self.kept(init_state, init_state.tprev))
+
+    #
+    # The loop
+    #
+
+    def run(
+        self,
+        cond_fun: Callable,
+        body_fun: Callable,
+        init_state,
+        slots: Slots,
+        t_last: Array,
+        *,
+        max_steps: int | None,
+        buffers: Callable,
+        capacity: Any,
+        stop: Array | None = None,
+    ):
+        """The host's loop, at most until `stop` accepted steps have been made. Puts
+        states on top of those that are in `slots`. Returns the host's final state, and
+        the record."""
+
+        def unfinished(state):
+            out = cond_fun(state)
+            if max_steps is not None:
+                out = out & (state.num_steps < max_steps)
+            if stop is not None:
+                out = out & (state.num_accepted_steps < stop)
+            return out
+
+        # A batch leaves the inner loop together, so that none waits for another. An
+        # element that is done must have no say in it: Equinox asks for the condition
+        # after a step that it would make, and then takes no notice of that step. So a
+        # loop that it ended would go on, by what is kept, and be ended again for ever.
+        # Hence `is_done` below for such steps, and `unfinished` here for what is kept.
+        def any_unfinished(pred, state):
+            return eqxi.unvmap_any(pred & unfinished(state))
+
+        def ends(state, row):
+            return any_unfinished(row.is_full, state)
+
+        def inner_cond(carry):
+            state, row = carry
+            out = unfinished(state) & ~ends(state, row)
+            return out & ~any_unfinished(row.is_candidate, state)
+
+        def inner_body(carry):
+            state, row = carry
+            is_done = ~unfinished(state)
+            new_state = body_fun(state)
+            return new_state, self._append(row, state, new_state, is_done, start)
+
+        def inner_buffers(carry):
+            state, row = carry
+            return [*buffers(state), row.steps]
+
+        def outer_body(carry):
+            state, row, steps, keeping, num_wanted = carry
+            state, row = eqxi.while_loop(
+                inner_cond, inner_body, (state, row), buffers=inner_buffers, kind="lax"
+            )
+            keeping = keeping.add(row.index, row.start, row.is_candidate, capacity)
+            num_wanted = num_wanted + jnp.where(row.is_wanted, 1, 0)
+            is_end = ends(state, row) | eqxi.unvmap_any(~unfinished(state))
+            n = state.num_accepted_steps
+            steps = lax.cond(is_end, lambda: self._copy(steps, row, n), lambda: steps)
+            no = jnp.array(False)
+            row = row._replace(
+                num_copied=jnp.where(is_end, n, row.num_copied),
+                is_full=no,
+                is_wanted=no,
+                is_candidate=no,
+            )
+            return state, row, steps, keeping, num_wanted
+
+        def outer_buffers(carry):
+            state, row, steps, keeping, _ = carry
+            return [*buffers(state), row.steps, steps, keeping.slots.states]
+
+        start = jnp.asarray(init_state.num_accepted_steps)
+        no, zero = jnp.array(False), jnp.array(0)
+        row = _Row(
+            steps=self.format.empty_row(init_state),
+            is_full=no,
+            num_copied=start,
+            t_last=t_last,
+            is_consistent=jnp.array(True),
+            is_wanted=no,
+            is_candidate=no,
+            index=zero,
+            start=self.kept(init_state, t_last),
+        )
+        state, row, steps, keeping, num_wanted = eqxi.while_loop(
+            lambda carry: unfinished(carry[0]),
+            outer_body,
+            (
+                init_state,
+                row,
+                self.format.empty(init_state),
+                Keeping(slots, slots.count, jnp.array(1), zero),
+                zero,
+            ),
+            buffers=outer_buffers,
+            kind="lax",
+        )
+        return state, Record(
+            steps, keeping.slots, num_wanted, row.t_last, row.is_consistent
+        )
+
+    def _append(
+        self, row: _Row, state, new_state, is_done: Array, start: Array
+    ) -> _Row:
+        """Called after every attempted step. `is_done` if it is none, as it is made
+        after the end of a solve for the sake of others in a batch."""
+        index = state.num_accepted_steps
+        accepted = (new_state.num_accepted_steps > index) & ~is_done
+        needs, wants = asks(self.solver, state, new_state.solver_state)
+        is_wanted = jnp.asarray(needs) | wants
+        entry, is_consistent = self.format.entry(state, row.t_last, is_wanted, needs)
+        if self._checkpoint_every is not None:
+            is_wanted = is_wanted | (index % self._checkpoint_every == 0)
+        # (The start of the loop is there anyway.)
+        is_inside = accepted & (index > start)
+
+        # If the step was rejected then the next one is put into the same place. (If it
+        # is none at all then that may be the place of a step that is still needed.)
+        place = index % BLOCK
+
+        def put(x, buffer):
+            return buffer.at[place].set(where_active(~is_done, x, buffer[place]))
+
+        return row._replace(
+            steps=jtu.tree_map(put, entry, row.steps),
+            is_full=accepted & (place == BLOCK - 1),
+            t_last=jnp.where(accepted, state.tnext, row.t_last),
+            is_consistent=row.is_consistent & (is_consistent | ~accepted),
+            is_wanted=is_inside & is_wanted,
+            is_candidate=is_inside & (is_wanted | (index % self.grid == 0)),
+            index=index,
+            start=self.kept(state, row.t_last),
+        )
+
+    def _copy(self, steps: Steps, row: _Row, num_steps: Array) -> Steps:
+        """Copies the row that the last of `num_steps` steps is in."""
+        # Only if there are new ones. (If the row was full then the place of a rejected
+        # step is that of its first.)
+        is_new: Any = num_steps > row.num_copied
+        number = self.format.row(jnp.maximum(num_steps - 1, 0))
+
+        def put(x, buffer):
+            # (A buffer again within this loop, but not one to be written to.)
+            while not eqx.is_array(x):
+                x = x._array
+            return eqxi.buffer_at_set(buffer, number, x, pred=is_new)
+
+        is_leaf = lambda x: hasattr(x, "at")
+        return jtu.tree_map(put, row.steps, steps, is_leaf=is_leaf)
+
+
+def asks(solver: AbstractReversibleSolver, state, new_solver_state) -> tuple[Any, Any]:
+    """Whether the solver needs the start of a step to be kept, and whether it wants
+    that. Each is `False` if that is known in advance of every step."""
+    states = (state.solver_state, new_solver_state, state.made_jump)
+    return solver.needs_checkpoint(*states), solver.wants_checkpoint(*states)
+
+
+def _arrays(tree: PyTree) -> PyTree:
+    return eqx.filter(tree, eqx.is_array)

@@ -1,0 +1,85 @@
+"""How much memory is given to what: the number of slots, and of steps in the record."""
+
+import math
+from typing import Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._method.base import AbstractReversibleSolver
+from .._method.tree import replace
+from .forward import asks, Forward
+from .steps import BLOCK, Format
+
+
+# The most there are, and how many with `max_steps=None`; and so for steps.
+_SLOTS = 16
+_WINDOW = 2**16
+# A record of fewer bytes than this is never too long.
+_FEW_BYTES = 2**14
+
+
+def make_forward(
+    solver: AbstractReversibleSolver,
+    stepsize_controller,
+    init_state,
+    args,
+    max_steps: int | None,
+    checkpoints: int | Literal["auto"],
+    checkpoint_every: int | None,
+    records_all: bool = False,
+) -> Forward:
+    # The host keeps `made_jump` a Python `False` if the controller never reports a
+    # jump, so we find that out as it does.
+    _, _, _, made_jump, _, _ = eqx.filter_eval_shape(
+        stepsize_controller.adapt_step_size,
+        init_state.tprev,
+        init_state.tnext,
+        init_state.y,
+        init_state.y,
+        args,
+        init_state.y,
+        1.0,
+        init_state.controller_state,
+    )
+    example = False
+    if made_jump is not False or init_state.made_jump is not False:
+        example = jnp.asarray(init_state.made_jump)
+    state = replace(init_state, made_jump=example)
+    has_flags = any(x is not False for x in asks(solver, state, state.solver_state))
+
+    num_slots = _num_slots(max_steps) if checkpoints == "auto" else checkpoints
+    if max_steps is None:
+        length, is_window = _WINDOW, True
+    else:
+        # (Never more slots than steps.)
+        num_slots = min(num_slots, max_steps)
+        num_bytes = jnp.dtype(init_state.tnext.dtype).itemsize + has_flags
+        num_bytes += _num_bytes(solver.recorded(init_state.solver_state))
+        state_bytes = _num_bytes((init_state.y, init_state.solver_state))
+        enough = max(_num_checkpoints(max_steps) * state_bytes // 2, _FEW_BYTES)
+        length = min(max(enough // num_bytes, 8 * BLOCK), _WINDOW)
+        is_window = max_steps > length and not records_all
+        length = length if is_window else max(max_steps, 1)
+    format = Format(solver, example, has_flags, length, is_window)
+    grid = -(-format.length // 2) if is_window else -(-length // (num_slots + 1))
+    return Forward(solver, format, num_slots, checkpoint_every, max(grid, 1))
+
+
+def _num_checkpoints(max_steps: int) -> int:
+    """Those of `RecursiveCheckpointAdjoint`, by default: no more memory than for these
+    is to be taken."""
+    return math.ceil(-1.5 + math.sqrt(2 * max_steps + 0.25))
+
+
+def _num_slots(max_steps: int | None) -> int:
+    if max_steps is None:
+        return _SLOTS
+    return min(max(_num_checkpoints(max_steps) // 2 - 2, 2), _SLOTS)
+
+
+def _num_bytes(tree: PyTree) -> int:
+    leaves = [x for x in jtu.tree_leaves(tree) if eqx.is_array(x)]
+    return sum(x.size * x.dtype.itemsize for x in leaves)

@@ -1,0 +1,346 @@
+"""Undoing one step of a solve, and pulling a gradient back through it and through what
+was saved during it."""
+
+import functools as ft
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._compat import is_save_state
+from .._method.tree import tree_add
+from . import save as save, times as times_
+from .functions import Functions
+from .hoist import materialise
+from .pullback import AbstractPullback, Rebuilt, Start, Step
+from .steps import Block, Format
+from .vmap import where_active
+
+
+class Ends(NamedTuple):
+    """What is kept of the final state."""
+
+    y: PyTree
+    solver_state: PyTree
+    tprev: Array
+    num_steps: Array
+    # The end of the last accepted step.
+    t_last: Array
+    saved: list[save.Saved]
+    # `(None, None)` if there are no events.
+    event_times: tuple[Any, Any]
+
+
+class Carry(NamedTuple):
+    """What is carried from step to step, backwards. `1` is the end of the next step to
+    be undone."""
+
+    # How many steps are still to be undone. The number of the next is one less.
+    num_steps: Array
+    t1: Array
+    # The start of the step after, which differs from `t1` if there is a jump between.
+    t_after: Array
+    y1: PyTree
+    solver_state: PyTree
+    pullback: PyTree
+    # For each `SubSaveAt`.
+    saved: list[save.Saved]
+    grad_y1: PyTree
+    grad_solver_state: PyTree
+    grad_consts: dict[int, Any]
+    grad_times: times_.Times
+    # That at `t_after`; or `None` if no gradient asks for it.
+    node: times_.Node | None
+
+
+class Segment(NamedTuple):
+    """Steps that are undone together."""
+
+    block: Block
+    # The number of the first in the block, which is the next to be undone.
+    last: Array
+    # The step the start of which is known, and that start.
+    target: Array
+    y: PyTree
+    solver_state: PyTree
+
+
+class Undo:
+    def __init__(
+        self,
+        *,
+        fns: Functions,
+        pullback: AbstractPullback,
+        format: Format,
+        ends: Ends,
+        grad_final_state,
+        times: times_.Times,
+        wanted: times_.Times,
+        steps: tuple[int, ...],
+    ):
+        self._fns = fns
+        self._pullback = pullback
+        self._format = format
+        self._ends = ends
+        self._grad_final_state = grad_final_state
+        self._times = times
+        self._wanted = wanted
+        # Of each `SubSaveAt`.
+        self._steps = steps
+
+        self._grad_saves = jtu.tree_leaves(
+            grad_final_state.save_state, is_leaf=is_save_state
+        )
+        self._grad_ys = [None if save.is_zero(s.ys) else s.ys for s in self._grad_saves]
+        self._grad_dense_infos = _none_if_zero(grad_final_state.dense_infos)
+        self._grad_event_info = _none_if_zero(grad_final_state.event_dense_info)
+        self._want_dense_info = (
+            self._grad_dense_infos is not None
+            or self._grad_event_info is not None
+            or any(
+                g is not None and t is not None
+                for g, t in zip(self._grad_ys, times.saved)
+            )
+        )
+
+    def prime(self, carry: Carry) -> Carry:
+        """To be called where an element goes on that was not active."""
+        pullback = self._pullback.prime(
+            self._fns, carry.t1, carry.y1, carry.solver_state
+        )
+        return carry._replace(pullback=pullback)
+
+    def start(self) -> Carry:
+        """At the end of the solve."""
+        ends, grad = self._ends, self._grad_final_state
+        no_steps = ends.num_steps == 0
+        # (There may be a last step that was rejected.)
+        t1 = jnp.where(no_steps, ends.tprev, ends.t_last)
+        grad_times = times_.zeros(self._wanted, self._times)
+        if self._wanted.any_of_steps:
+            pairs = [(ends.tprev, grad.tprev, no_steps)]
+            if ends.event_times[0] is not None:
+                event_t0, event_t1 = ends.event_times
+                pairs += [
+                    (event_t0, grad.event_tprev, ends.num_steps <= 1),
+                    (event_t1, grad.event_tnext, no_steps),
+                ]
+            for t, grad_t, is_start in pairs:
+                grad_times = self._add_time(grad_times, t, grad_t, is_start)
+        fns, state = self._fns, ends.solver_state
+        return Carry(
+            num_steps=ends.num_steps,
+            t1=t1,
+            t_after=ends.tprev,
+            y1=ends.y,
+            solver_state=state,
+            pullback=self._pullback.prime(fns, t1, ends.y, state),
+            saved=ends.saved,
+            grad_y1=materialise(grad.y, eqx.filter(ends.y, eqx.is_inexact_array)),
+            grad_solver_state=materialise(
+                grad.solver_state, eqx.filter(state, eqx.is_inexact_array)
+            ),
+            grad_consts=fns.zero_consts(save.function_names(fns.hoisted)),
+            grad_times=grad_times,
+            node=self._last_node(t1),
+        )
+
+    def _last_node(self, t1: Array) -> times_.Node | None:
+        if not any(self._wanted.clipped):
+            return None
+        # (If it is not the end of the solve then a solve that an event has ended.)
+        grad = self._grad_final_state
+        grads = [g for g in (grad.tprev, grad.event_tnext) if g is not None]
+        return times_.Node(t1, sum(grads, jnp.zeros_like(t1)))
+
+    def event_is_lost(self) -> Array | None:
+        """Whether the host interpolates over a last step that was not accepted, with a
+        gradient. `None` if there is no such gradient."""
+        if self._grad_event_info is None:
+            return None
+        was_used = [jnp.any(g != 0) for g in jtu.tree_leaves(self._grad_event_info)]
+        _, event_t1 = self._ends.event_times
+        no_steps = self._ends.num_steps == 0
+        t_last = jnp.where(no_steps, self._ends.tprev, self._ends.t_last)
+        return ft.reduce(jnp.logical_or, was_used) & (event_t1 != t_last)
+
+    def next_step(self, carry: Carry, segment: Segment) -> tuple[Array, Array, Step]:
+        """Its number, the end of the step before it, and the step."""
+        # An element of a batch that is done makes its first step again.
+        number = jnp.maximum(carry.num_steps - 1, 0)
+        k = segment.last - number
+        t_prev, t0, _, made_jump = segment.block.times(k)
+        solver_state = self._format.read_recorded(segment.block, carry.solver_state, k)
+        return number, t_prev, Step(t0, carry.t1, carry.y1, solver_state, made_jump)
+
+    def step(self, carry: Carry, segment: Segment, active: Array) -> Carry:
+        """Undoes the next step. An element of a batch that is not `active` stays where
+        it is."""
+        number, t_prev, step = self.next_step(carry, segment)
+        # It makes a step too, with a zero gradient, and from where it is: so that no
+        # NaN comes of it.
+        start = (segment.y, segment.solver_state)
+        start = Start(
+            (number == segment.target) | ~active,
+            *_keep(active, start, (step.y1, step.solver_state)),
+        )
+        rebuilt = self._pullback.rebuild(
+            self._fns, carry.pullback, step, start, self._want_dense_info
+        )
+        zero_unless_active = ft.partial(
+            jtu.tree_map, lambda g: where_active(active, g, jnp.zeros_like(g))
+        )
+        old = carry
+        carry = carry._replace(
+            grad_y1=zero_unless_active(carry.grad_y1),
+            grad_solver_state=zero_unless_active(carry.grad_solver_state),
+        )
+        before, grad_end, (grad_t0, grad_t1), grad_dense_info = self._pull_saved(
+            carry, active, number, t_prev, step, rebuilt
+        )
+        grads, new_pullback = rebuilt.pull(
+            before.grad_y1, before.grad_solver_state, grad_dense_info
+        )
+        grad_consts = dict(before.grad_consts)
+        save.accumulate(grad_consts, grads.consts)
+        grad_times = before.grad_times
+        if self._fns.times_vary:
+            for t, grad, at_start in (
+                (carry.t_after, grad_end, jnp.array(False)),
+                (carry.t1, grad_t1 + grads.t1, jnp.array(False)),
+                (step.t0, grad_t0 + grads.t0, number == 0),
+            ):
+                grad = jnp.where(active, grad, 0)
+                grad_times = self._add_time(grad_times, t, grad, at_start)
+        keep = ft.partial(_keep, active)
+        node = carry.node
+        if node is not None:
+            grad_node = jnp.where(active, node.grad + grad_end + grad_t1 + grads.t1, 0)
+            grad_times = times_.move(
+                grad_times, self._times, carry.t1, step.t0, node.next, grad_node
+            )
+            grad_node = grad_t0 + grads.t0
+            if self._grad_final_state.event_tprev is not None:
+                is_last = carry.num_steps == self._ends.num_steps
+                event_grad = self._grad_final_state.event_tprev
+                grad_node = grad_node + jnp.where(is_last, event_grad, 0)
+            node = keep(times_.Node(carry.t1, grad_node), node)
+        return Carry(
+            num_steps=keep(number.astype(old.num_steps.dtype), old.num_steps),
+            t1=keep(t_prev, old.t1),
+            t_after=keep(step.t0, old.t_after),
+            y1=keep(rebuilt.y0, old.y1),
+            solver_state=keep(rebuilt.solver_state, old.solver_state),
+            # Of a batch it is one whole, so that it cannot be kept for an element.
+            pullback=new_pullback,
+            saved=before.saved,
+            grad_y1=keep(grads.y0, old.grad_y1),
+            grad_solver_state=keep(grads.solver_state, old.grad_solver_state),
+            grad_consts=grad_consts,
+            grad_times=grad_times,
+            node=node,
+        )
+
+    def _pull_saved(
+        self,
+        carry: Carry,
+        active: Array,
+        index: Array,
+        t_prev: Array,
+        step: Step,
+        rebuilt: Rebuilt,
+    ):
+        """Pulls back what was saved during a step, in the order opposite to that in
+        which it was saved.
+
+        Returns `carry`, before the step is undone but with these gradients; and the
+        gradients of where the step after starts, of the start and the end of this step,
+        and of `rebuilt.dense_info`.
+        """
+        fns, grad = self._fns, self._grad_final_state
+        grad_consts, grad_times = dict(carry.grad_consts), carry.grad_times
+        grad_y1 = carry.grad_y1
+        grad_dense_info = None
+        if self._grad_event_info is not None:
+            # The last step is the one in which an event may have been.
+            is_last = active & (carry.num_steps == self._ends.num_steps)
+            grad_dense_info = jtu.tree_map(
+                lambda g: jnp.where(is_last, g, 0), self._grad_event_info
+            )
+        if self._grad_dense_infos is not None:
+            grad_dense_info = tree_add(
+                grad_dense_info,
+                jtu.tree_map(
+                    lambda g: where_active(active, g[index], jnp.zeros_like(g[index])),
+                    self._grad_dense_infos,
+                ),
+            )
+        grad_t0 = grad_t1 = grad_end = jnp.zeros_like(carry.t1)
+        if fns.times_vary and grad.dense_ts is not None:
+            grad_end = grad_end + grad.dense_ts[index + 1]
+        new_saved = []
+        for i, saved in enumerate(carry.saved):
+            grad_ys, grad_saved = self._grad_ys[i], self._grad_saves[i]
+            if self._steps[i] != 0:
+                is_saved = active & ((index + 1) % self._steps[i] == 0)
+                if grad_ys is not None:
+                    new_consts, grad_t, grad_y = save.pull_steps(
+                        fns, i, is_saved, carry.t_after, carry.y1, grad_ys, saved
+                    )
+                    save.accumulate(grad_consts, new_consts)
+                    grad_y1 = tree_add(grad_y1, grad_y)
+                    grad_end = grad_end + grad_t
+                if fns.times_vary and grad_saved.ts is not None:
+                    grad_end = grad_end + jnp.where(
+                        is_saved, saved.last(grad_saved.ts), 0
+                    )
+                saved = saved._replace(index=saved.index - jnp.where(is_saved, 1, 0))
+            ts = self._times.saved[i]
+            if ts is not None and (grad_ys is not None or self._wanted.saved[i]):
+                saved, grad_consts, grad_ts, grad_dense_info, new_t0, new_t1 = (
+                    save.pull_ts(
+                        fns,
+                        i,
+                        step,
+                        rebuilt.dense_info,
+                        ts,
+                        # Saved here were those after the end of the step before.
+                        lambda t: active & ((index == 0) | (t > t_prev)),
+                        saved,
+                        grad_saved,
+                        grad_consts,
+                        grad_times.saved[i],
+                        grad_dense_info,
+                    )
+                )
+                grad_times = grad_times._replace(
+                    saved=_replaced(grad_times.saved, i, grad_ts)
+                )
+                grad_t0, grad_t1 = grad_t0 + new_t0, grad_t1 + new_t1
+            new_saved.append(saved)
+        carry = carry._replace(
+            saved=new_saved,
+            grad_y1=grad_y1,
+            grad_consts=grad_consts,
+            grad_times=grad_times,
+        )
+        return carry, grad_end, (grad_t0, grad_t1), grad_dense_info
+
+    def _add_time(self, grad_times: times_.Times, t, grad, is_start) -> times_.Times:
+        if grad is None:
+            return grad_times
+        return times_.add(grad_times, self._times, t, grad, is_start)
+
+
+def _keep(pred, new: PyTree, old: PyTree) -> PyTree:
+    return jtu.tree_map(lambda a, b: where_active(pred, a, b), new, old)
+
+
+def _none_if_zero(grads: PyTree) -> PyTree:
+    return None if save.is_zero(grads) else grads
+
+
+def _replaced(xs: tuple, i: int, x) -> tuple:
+    return (*xs[:i], x, *xs[i + 1 :])

@@ -1,0 +1,136 @@
+"""Whether what was rebuilt is what it was rebuilt for.
+
+The way back compares the two wherever a state is kept: the states themselves, element
+by element; and what they do to the gradient, as a stiff operator multiplies a
+difference that is hardly one. If they differ, it is walked again, with states kept more
+densely.
+"""
+
+import math
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._jax_compat import eqxi
+from .._method.controlled import precision, rms
+from .functions import Functions, of_dtype
+from .hoist import Hoister
+from .pullback import Step
+
+
+def tolerance(y: PyTree) -> float:
+    """Of the elements of a state, relative to their sizes: half of all digits, which is
+    several times what solvers let be lost before they want the next state. In half
+    precision that would be less than a few roundings."""
+    eps = float(precision(y).eps)
+    return max(0.5 * math.sqrt(eps), 8 * eps)
+
+
+# Of the gradient, in units of that of the state.
+_OF_GRADIENT = 10
+# What is put down to rounding, in units of it.
+_FLOOR = 8
+
+
+def add_functions(hoister: Hoister, terms, args, step: Step) -> None:
+    """Adds the vector field, if there is one that takes the whole of `y`. `step` is an
+    example."""
+    if not isinstance(terms, diffrax.AbstractTerm):
+        return
+    struct = eqx.filter_eval_shape(terms.contr, step.t0, step.t1)
+
+    def vector_field(t0, t1, y):
+        # (Of a path, any change will do.)
+        control = jtu.tree_map(
+            lambda x: jnp.full(x.shape, (t1 - t0).astype(x.dtype)), struct
+        )
+        return terms.vf_prod(t0, y, args, control)
+
+    hoister.add("vector_field", vector_field, step.t0, step.t1, step.y1)
+
+
+class Found(NamedTuple):
+    """A state, as it was rebuilt and as it was stored."""
+
+    t0: Array
+    t1: Array
+    y: tuple[PyTree, PyTree]
+    # What should be the same: that, or other registers of its structure.
+    comparable: tuple[PyTree, PyTree]
+
+
+def differs(
+    fns: Functions,
+    found: Found,
+    grad_y: PyTree,
+    grad_consts: dict[int, Array],
+    num_steps: Array,
+    pred: Array,
+) -> Array:
+    """Whether the two differ, by more than would matter if they did so in `num_steps`
+    steps. `grad_consts` are the gradients of constants so far. Only asked for those of
+    a batch for which `pred` is true; among them it may not be known which."""
+    tol = tolerance(found.y[1])
+    if len(jtu.tree_leaves(_inexact(found.y))) == 0:
+        return jnp.zeros_like(pred)
+    if "vector_field" not in fns.hoisted:
+        return pred & _states_differ(tol, *found.comparable, None)
+    both = jtu.tree_map(lambda a, b: jnp.stack([a, b]), *map(_inexact, found.y))
+    static = eqx.filter(found.y[1], eqx.is_inexact_array, inverse=True)
+    grad_y = jtu.tree_map(lambda g: jnp.where(pred, g, 0), grad_y)
+
+    def pull(y):
+        y = eqx.combine(y, static)
+        change, pull_fn = fns.vjp("vector_field", (found.t0, found.t1), (y,))
+        new_consts, (new_y,) = pull_fn(of_dtype(grad_y, _inexact(change)))
+        return change, new_consts, new_y
+
+    change, new_consts, new_y = lax.map(pull, both)
+    # The size of an element does not vanish where it changes its sign.
+    change = jtu.tree_map(lambda x: x[1], _inexact(change))
+    out = _states_differ(tol, *found.comparable, change)
+    # (The same for a batch, or gradients that it shares would be one for each element.)
+    num_steps = eqxi.unvmap_max(num_steps)
+    pairs = [(x, grad_consts[i]) for i, x in new_consts.items()]
+    pairs += zip(*map(jtu.tree_leaves, (new_y, grad_y)), strict=True)
+    for x, total in pairs:
+        out = out | _gradients_differ(_OF_GRADIENT * tol, x, total, num_steps)
+    return pred & out
+
+
+def _inexact(tree: PyTree) -> PyTree:
+    return eqx.filter(tree, eqx.is_inexact_array)
+
+
+def _states_differ(tol: float, rebuilt: PyTree, stored: PyTree, change: PyTree):
+    changes = jtu.tree_leaves(change)
+    out = jnp.array(False)
+    leaves = zip(*map(jtu.tree_leaves, map(_inexact, (rebuilt, stored))), strict=True)
+    for i, (a, b) in enumerate(leaves):
+        if b.size == 0:
+            continue
+        eps = float(jnp.finfo(b.dtype).eps)
+        if len(changes) == 0:
+            size = jnp.abs(b) + rms(b).astype(jnp.abs(b).dtype)
+        else:
+            change_i = changes[i % len(changes)].astype(b.dtype)
+            size = jnp.maximum(jnp.abs(b), jnp.abs(b + change_i))
+        bound = tol * size + _FLOOR * eps * rms(size).astype(size.dtype)
+        # (What is not finite in the solution itself cannot be cured.)
+        out = out | ~jnp.all((jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
+    return out
+
+
+def _gradients_differ(tol: float, both: Array, total: Array, num_steps: Array) -> Array:
+    a, b = both
+    size = jnp.abs(b)
+    n = num_steps.astype(size.dtype)
+    eps = float(jnp.finfo(b.dtype).eps)
+    bound = tol * (jnp.abs(total) + n * size)
+    bound = bound + 1e3 * eps * n * rms(b).astype(size.dtype)
+    return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))

@@ -1,0 +1,320 @@
+"""A budget of memory: what is not kept is made again, and so is what differs."""
+
+import functools as ft
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dfxr
+from diffrax_reversible._adjoint import plan
+from diffrax_reversible._diagnose import _made_again
+
+from .helpers import CouplingLeapfrog, relative_difference, short_records
+from .test_counts import Counter
+
+
+U = dfxr.UReversible(diffrax.Tsit5())
+CHECKPOINTING = diffrax.RecursiveCheckpointAdjoint()
+
+
+#
+# How many steps are made again
+#
+
+
+def _kept(num_wanted, num_slots):
+    """Those that are left at the end of the way forward."""
+    kept, stride = [], 1
+    for i in range(1, num_wanted + 1):
+        if i % stride == 0 and len(kept) == num_slots:
+            stride *= 2
+            kept = [k for k in kept if k % stride == 0]
+        if i % stride == 0:
+            kept.append(i)
+    return kept
+
+
+def _num_made_again(num_wanted, num_slots):
+    stack, total = [0, *_kept(num_wanted, num_slots)], 0
+    for i in reversed(range(1, num_wanted + 1)):
+        if stack[-1] != i:
+            start, free = stack[-1], num_slots - len(stack) + 1
+            stride = -(-(i - start) // (free + 1))
+            total += i - start
+            stack += [*range(start + stride, i, stride)][:free]
+            stack.append(i)
+        stack.pop()
+    return total
+
+
+@pytest.mark.parametrize("num_steps,num_slots", [(9, 8), (40, 4), (40, 8), (65, 16)])
+def test_steps_made_again(num_steps, num_slots):
+    # Of a solver with one evaluation a step.
+    counter = Counter()
+
+    def loss(y0, checkpoint_every):
+        adjoint = dfxr.ReversibleAdjoint(num_slots, checkpoint_every)
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: counter.vector_field(y)),
+            CouplingLeapfrog(),
+            0.0,
+            1.0,
+            1 / num_steps,
+            y0,
+            adjoint=adjoint,
+            max_steps=num_steps,
+        )
+        return jnp.sum(sol.ys)
+
+    def count(checkpoint_every):
+        grad = jax.jit(jax.grad(ft.partial(loss, checkpoint_every=checkpoint_every)))
+        jax.block_until_ready(grad(jnp.array([0.3])))
+        return counter.take()
+
+    evaluations, pullbacks = count(1)
+    # One more to start with, and its pullback.
+    assert pullbacks == num_steps + 1
+    expected = _num_made_again(num_steps - 1, num_slots)
+    assert evaluations == 2 * num_steps + 1 + expected
+    assert np.sum(_made_again(np.ones(num_steps, bool), num_slots, 1)) == expected
+    if num_slots == 16:
+        # If nothing is wanted, nothing is; but what is rebuilt is compared.
+        evaluations, _ = count(None)
+        assert 2 * num_steps + 1 < evaluations <= 2 * num_steps + 1 + 2 * 18
+
+
+#
+# Any number of wanted states, in any record
+#
+
+
+def _van_der_pol(t, y, mu):
+    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def _loss(params, adjoint, max_steps, adaptive, steps):
+    y0, mu = params
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(_van_der_pol),
+        U,
+        0.0,
+        steps * 0.02,
+        None if adaptive else 0.02,
+        y0,
+        mu,
+        saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 4) * steps * 0.02),
+        stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-6)
+        if adaptive
+        else diffrax.ConstantStepSize(),
+        adjoint=adjoint,
+        max_steps=max_steps,
+    )
+    return jnp.sum(jnp.sin(sol.ys)), sol.stats
+
+
+@ft.cache
+def _gradient(adjoint, max_steps, adaptive, batched):
+    fn = jax.grad(_loss, has_aux=True)
+    fn = lambda params, steps: jax.grad(_loss, has_aux=True)(
+        params, adjoint, max_steps, adaptive, steps
+    )
+    return eqx.filter_jit(jax.vmap(fn) if batched else fn)
+
+
+@pytest.mark.parametrize("window", [None, 96, 512])
+@pytest.mark.parametrize("adaptive,batched", [(False, False), (True, True)])
+def test_windows_and_slots(window, adaptive, batched, monkeypatch):
+    # Short records are made again from the states that are kept, by the host's loop.
+    max_steps = 400
+    if window is not None:
+        short_records(monkeypatch, 16, window)
+        max_steps = None
+    mu = jnp.array([0.3, 2.0, 5.0, 8.0])
+    y0 = jnp.array([[2.0, 0.0], [1.0, 0.5], [2.0, -0.5], [1.5, 0.0]])
+    steps = jnp.array([400.0, 17.0, 333.0, 250.0])
+    params = ((y0, mu), steps) if batched else ((y0[2], mu[2]), steps[2])
+    adjoint = dfxr.ReversibleAdjoint(checkpoints=5)
+    _gradient.cache_clear()
+    ours, stats = _gradient(adjoint, max_steps, adaptive, batched)(*params)
+    expected, _ = _gradient(CHECKPOINTING, 400, adaptive, batched)(*params)
+    assert jnp.max(stats["num_checkpoints"]) > 10
+    assert relative_difference(ours, expected) < 1e-9
+
+
+def test_chaos():
+    # Two hundred states are wanted, four are kept.
+    def loss(y0, adjoint):
+        def vector_field(t, y, args):
+            a, b, c = y
+            return jnp.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c])
+
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            dfxr.UReversible(diffrax.Bosh3()),
+            0.0,
+            12.0,
+            0.01,
+            y0,
+            adjoint=adjoint,
+            max_steps=1200,
+        )
+        return jnp.sum(sol.ys)
+
+    y0 = jnp.ones(3)
+    ours, expected = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(y0)
+        for adjoint in (dfxr.ReversibleAdjoint(checkpoints=4), CHECKPOINTING)
+    ]
+    assert relative_difference(ours, expected) < 1e-6
+
+
+#
+# What it does to the gradient
+#
+
+
+def test_a_stiff_operator():
+    # A difference of 1e-9, in its highest frequencies, is multiplied by 65536.
+    n = 128
+    x = jnp.arange(n) / n
+
+    def loss(nu, adjoint):
+        def vector_field(t, u, nu):
+            right, left = jnp.roll(u, -1), jnp.roll(u, 1)
+            return -u * (right - left) * n / 2 + nu * (right - 2 * u + left) * n**2
+
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            U,
+            0.0,
+            0.5,
+            None,
+            jnp.sin(2 * jnp.pi * x),
+            nu,
+            stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
+            adjoint=adjoint,
+            max_steps=512,
+        )
+        return jnp.mean(sol.ys**2)
+
+    ours, expected = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(0.01)
+        for adjoint in (dfxr.ReversibleAdjoint(), CHECKPOINTING)
+    ]
+    # It was wrong by a factor of 78 where only the state was looked at. (Rounding is
+    # multiplied likewise: with other options of the compiler both differ by 3e-6.)
+    assert abs(ours / expected - 1) < 1e-5
+
+
+def test_kink_at_the_start():
+    # The first step is differentiated at `y0` itself.
+    def loss(y0, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.stack([-y[0], jnp.max(y) - y[1]])),
+            U,
+            0.0,
+            2.0,
+            0.1,
+            y0,
+            adjoint=adjoint,
+            max_steps=32,
+        )
+        return sol.ys[0, 1]
+
+    y0 = jnp.array([1.0, 1.0])
+    ours, expected = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(y0)
+        for adjoint in (dfxr.ReversibleAdjoint(), CHECKPOINTING)
+    ]
+    assert relative_difference(ours, expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "solver", [dfxr.UReversible(diffrax.Dopri5()), dfxr.ReversibleHeun()]
+)
+def test_half_precision(solver, dtype):
+    def loss(params, adjoint):
+        y0, rate = params
+        t0, t1, dt0 = jnp.array([0, 1, 0.1], dtype)
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, rate: rate * y),
+            solver,
+            t0,
+            t1,
+            dt0,
+            y0,
+            rate,
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        return sol.ys[-1]
+
+    params = (jnp.array(2, dtype), jnp.array(-1, dtype))
+    ours, expected = [
+        eqx.filter_jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(params)
+        for adjoint in (dfxr.ReversibleAdjoint(), CHECKPOINTING)
+    ]
+    ulp = float(jnp.finfo(dtype).eps)
+    for a, b in zip(ours, expected):
+        assert abs(float(a) - float(b)) <= 8 * ulp * abs(float(b))
+
+
+#
+# Memory
+#
+
+
+def _memory(adjoint, solver, size, max_steps, batch=None):
+    def loss(y0, p):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, p: p * jnp.sin(y)),
+            solver,
+            0.0,
+            1.0,
+            1 / max_steps if max_steps is not None else 1e-3,
+            y0,
+            p,
+            adjoint=adjoint,
+            max_steps=max_steps,
+        )
+        return jnp.sum(sol.ys)
+
+    fn, shape = jax.grad(loss, argnums=(0, 1)), (size,)
+    if batch is not None:
+        fn, shape = jax.vmap(fn, in_axes=(0, None)), (batch, size)
+    compiled = jax.jit(fn).lower(jnp.ones(shape), jnp.array(1.0)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "size,max_steps,batch", [(1000, 64, None), (1000, 1000, None), (64, 4096, 8)]
+)
+def test_less_memory_than_by_default(size, max_steps, batch):
+    ours = _memory(dfxr.ReversibleAdjoint(), U, size, max_steps, batch)
+    default = _memory(CHECKPOINTING, diffrax.Tsit5(), size, max_steps, batch)
+    assert ours <= default
+
+
+def test_max_steps_costs_nothing():
+    def memory(max_steps):
+        return _memory(dfxr.ReversibleAdjoint(), U, 4, max_steps)
+
+    assert memory(10**10) <= 1.1 * memory(None)
+    # And it is no more than some multiple of the record.
+    assert memory(None) < 4 * 10 * plan._WINDOW
+
+
+def test_number_of_slots():
+    assert [plan._num_slots(n) for n in (None, 10, 64, 1000, 4096)] == [
+        16,
+        2,
+        3,
+        16,
+        16,
+    ]
+    assert np.all(np.diff([plan._num_slots(n) for n in range(1, 2000)]) >= 0)
