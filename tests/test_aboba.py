@@ -138,12 +138,12 @@ def test_dissipation():
         return num_checkpoints, grad
 
     num_checkpoints, grad = gradient(ADJOINT)
-    # Of 60 nats, with 10 for each of them.
-    assert num_checkpoints == 5
+    # Of 60 nats, which are 87 bits, with 22 for each of them.
+    assert num_checkpoints == 3
     _, expected = gradient(diffrax.DirectAdjoint())
     assert relative_difference(grad, expected) < 1e-9
-    with pytest.raises(Exception, match="checkpoints"):
-        jax.block_until_ready(gradient(dfxr.ReversibleAdjoint(checkpoints=0)))
+    _, grad = gradient(dfxr.ReversibleAdjoint(checkpoints=0))
+    assert relative_difference(grad, expected) < 1e-9
 
 
 @pytest.mark.parametrize("gamma", [240.0, 8000.0])
@@ -163,7 +163,8 @@ def test_friction_of_which_no_step_can_be_undone(gamma):
         return num_checkpoints, grad
 
     num_checkpoints, grad = gradient(ADJOINT)
-    assert num_checkpoints == 8
+    # (The start is there anyway.)
+    assert num_checkpoints == 7
     _, expected = gradient(diffrax.DirectAdjoint())
     assert relative_difference(grad, expected) < 1e-12
 
@@ -184,7 +185,8 @@ def test_counts():
     jax.block_until_ready(solve(jnp.array(0.3)))
     assert counter.take() == (10, 0)
     jax.block_until_ready(jax.jit(jax.grad(solve))(jnp.array(0.3)))
-    assert counter.take() == (30, 10)
+    # Six each to compare what has been rebuilt with what is stored.
+    assert counter.take() == (30 + 6, 10 + 6)
 
 
 def test_refused():

@@ -34,8 +34,8 @@ in each step along every component that decays. That is the instability of the p
 method; keeping $m$ below the rate at which the solution contracts removes it.
 
 **The way back** multiplies rounding errors by $1 / \mu$ and by $\mu / m$. The first is
-inherent to undoing a contraction. The second is the price of damping: $-\ln m$ is the
-information (in nats) that a step forgets.
+inherent to undoing a contraction. The second is the price of damping: $-\log_2 m$ is
+the information (in bits) that a step forgets.
 
 **Rounding.** What is kept is $(y, d)$ rather than $(y, z)$. With $\psi = \Psi_h(y - m
 d)$ a step is $d \leftarrow m d$, then $(y, d) \leftarrow (y + \psi, d + \psi)$, and at
@@ -47,66 +47,90 @@ of less than $\epsilon |y|$ would be rounded away, $d$ could not shrink below th
 damping by $m$ would multiply $\epsilon |y|$ by $1 / m$ on the way back.
 
 **The choice of $m$.** Whatever is forgotten must be paid for, so $m = 1$ unless $d$ has
-outgrown the level
+outgrown its level, which each element $i$ of $y$ has for itself:
 
-$D = \kappa |e| + 4 \epsilon |y|$
+$D_i = \kappa \max(|e_i|, \rho s_i) + 4 \epsilon s_i$
 
-with the embedded error estimate $e$ of the step before ($|.|$ is the root mean square,
-and $\epsilon$ the spacing of floating-point numbers); and then $m = D / |d|$, or 0 if
-that is less than 1/1000. (If $y$ is a pytree of several leaves then each has its $D$,
-and that for which $m$ is least decides. Their sizes may differ by any factor. In place
-of $|e|$ stands the largest relative error of all times the size of the leaf, where that
-is more: the error estimate of a scalar may vanish as it changes its sign.)
+with the embedded error estimate $e$ of the step before, the size $s_i = \max(|y_{0,
+i}|, |y_{1, i}|)$ of the element in it, and the spacing $\epsilon$ of floating-point
+numbers. As the error estimate of an element may vanish when it changes its sign, it
+counts as no less than $\rho s_i$, where $\rho = \max_i |e_i| / \max_i s_i$. Then
+
+$m = 1 / \max(1, \| d_i / D_i \|)$
+
+in the mean of eighth powers, which on few elements is nearly the largest of them, and
+on the many of a field not that of a single point. Where this is less than 1/64 it is 0:
+there the step is at the limit of stability, as below, and half a damping would be
+worse than none or all. So $z := y$, whatever $d$ was; it cannot be undone, and wants a
+checkpoint.
 
 The perturbation of $y$ in a step is about $h L D$. For a linear problem the local error
 is $\chi h L |e|$, where $\chi$ is the ratio of the leading coefficients of $R(x) - e^x$
 and of the embedded error (both in the tableau). So $\kappa = \chi$ would perturb the
 solution by its own local error, and a constant $\kappa$ would forget the same for all
-methods; we take the geometric mean of $\chi$ and a constant, $\kappa = \min(1,
-\sqrt\chi / 2)$: 0.16 for Tsit5, 0.36 for Dopri5, 0.29 for Heun, 0.71 for Bosh3, 0.06
-for Dopri8. The second term is there for rounding alone: without it noise would be
-damped at great cost, and with a larger one the solution in single precision would be
-worse than rounding makes it.
+methods; we take the geometric mean of $\chi$ and a constant, $\kappa = \min(0.1,
+\sqrt\chi / 20)$: 0.016 for Tsit5, 0.036 for Dopri5, 0.029 for Heun, 0.07 for Bosh3,
+0.006 for Dopri8. (Measured. Ten times as much leaves the order as it is, but makes
+errors that are several times those of the wrapped method; ten times less forgets much
+more on conservative problems.) The second term is there for rounding alone: without it
+noise would be damped at great cost, and with a larger one the solution in single
+precision would be worse than rounding makes it.
 
 If there is no embedded estimate then $|e|$ is what it would be for a linear problem,
 from the slopes at both ends of the step.
+
+**Not finite.** The second increment starts from $y_1$ and goes where the solution has
+not been: it may overflow, or leave the domain of the vector field. Where it is not
+finite it is zero instead. That too is a function of $y_1$, and so undone like any
+other; the $d$ that it leaves is far above its level, and dropped in the next step.
 
 **Noise.** For an SDE the same holds with $W$ next to $h$: a perturbation of $D$ is
 multiplied by $h L$ and by $|W| L$, in the latter case of mean zero; and the $m$s are
 known before the noise of their step is. But a step with little noise has a small error
 estimate, and $d$ is the sum of those before it. With $D$ from that step alone one
-driven by a single noise would forget in most of its steps: so $|e|$ is the largest so
+driven by a single noise would forget in most of its steps: so $\rho$ is the largest so
 far, faded by 0.9 a step.
 
 **The derivative** of a step is taken with $d$ as a constant throughout, so that it is
-that of the wrapped solver, from $z'$: $1 + \Psi_h'(y - m d)$ in place of $1 +
+that of the wrapped method, from $z'$: $1 + \Psi_h'(y - m d)$ in place of $1 +
 \Psi_h'(y)$. The difference is $O(h L' m |d|)$, where $L'$ bounds the second derivative
-of the vector field, and $|d| = O(h^p)$: **so the gradient has the order $p$ too.** (An
-exact derivative would have a parasitic part, that of $d$, which the control does not
-see: a sensitive solution multiplies it as the eigenvalue $m / \mu$ says, with $m$ a
-constant that was chosen for $d$ and not for its tangent. On Van der Pol's equation with
-$\mu = 20$ it has been seen to grow by a factor of 1e115.) And what makes $d$ is not
-differentiated, so that the second increment costs no pullback. It belongs to the
-definition of the step: all adjoints compute the same gradient.
+of the vector field, and $|d| = O(h^p)$: **so the gradient has the order $p$ too.** What
+makes $d$ is not differentiated, and the second increment costs no pullback. (An exact
+derivative would have a parasitic part, that of $d$, which the control does not see: a
+sensitive solution multiplies it as the eigenvalue $m / \mu$ says, with $m$ a constant
+that was chosen for $d$ and not for its tangent. On Van der Pol's equation with $\mu =
+20$ it has been seen to grow by a factor of 1e115.) It belongs to the definition of the
+step: all adjoints compute the same gradient.
 
-**The account.** `spent` estimates the logarithm of how much the way back amplifies
-rounding errors since the last checkpoint. Each step adds $\max(-\ln m, \ln(|d_1| / (m
-P)))$, where $P$ is the largest $|d|$ so far, faded by every $m$ since: that is, $d$
-growing beyond what it has been, in the leaf in which it does so most. (What falls and
-rises again, as in an oscillator, does not count, and neither does growth from less than
-a twentieth, which is a new defect rather than an old one amplified.) When it would
-exceed a budget of 10 nats (4 in single precision) the solver asks for a checkpoint at
-the start of the step. So the error of what is rebuilt is at most about $e^{10} \epsilon
-= 5 \cdot 10^{-12}$ ($7 \cdot 10^{-6}$) where the account is right; and that of the
-gradient, which close encounters and the like amplify by up to some thousand, still
-small. It is an estimate: a component of $d$ that grows quickly may hide below a larger
-one. For such cases there is the drift check of
-[`diffrax_reversible.ReversibleAdjoint`][].
+That is why the control is strict. On a linear problem this derivative is a product of
+$R$s, and the solution one of eigenvalues that are about $R + m (1 - (R - 1) \bar R)$.
+At the limit of stability $\bar R$ is large, and a step size controller keeps the
+*solution* in check: if its eigenvalue were not $R$, the product of $R$s would explode.
+
+**The account.** `spent` estimates how many bits the way back loses to amplified
+rounding errors since the last checkpoint. With $N = \| d_i / D_i \|$ a step adds
+
+$\max(2 \log_2 G - \log_2 m, \log_2(N_1 / (m P)))$
+
+where $P$ is the largest $N$ so far, faded by every $m$ since: so the second is $d$
+growing beyond what it has been, as the solution contracts. (What falls and rises again,
+as in an oscillator, does not count, and neither does growth from less than a twentieth,
+which is a new defect rather than an old one amplified.) And where the solution expands,
+$\mu > 1$, the way back multiplies errors of $d$ by $\mu / m$, and relative to a
+solution that shrinks by as much on the way back by $\mu^2 / m$. Such a $\mu$ is $G$, by
+which the elements of $y$ and their slopes have both grown in the step, in the same mean
+as above. (Not of $y$ alone: an element that has crossed zero grows, but not its slope.)
+
+When it would exceed a budget of 22 bits (8 in single precision) the solver asks for a
+checkpoint at the start of the step. So the error of what is rebuilt is at most about
+$2^{22} \epsilon = 10^{-9}$ ($3 \cdot 10^{-5}$) where the account is right. It is an
+estimate: a component of $d$ that grows quickly may hide below a larger one, and an
+operator of large norm multiplies errors by more than the solution shows.
 
 **A bound.** Two states that a contraction brings together by $e^{-A}$ are told apart by
 $A / \ln 2$ bits fewer. Numbers of $b$ bits next to a component that does not contract
 can lose no more than $b$. So *any* way of undoing such a solution needs about $A / (b
-\ln 2)$ stored states, one for 36 nats in double precision; here it is one for 10.
+\ln 2)$ stored states, one for 53 bits in double precision; here it is one for 22.
 Memory that does not grow at all cannot be had on strongly dissipative problems. And on
 a parabolic equation at its limit of stability, where $A$ grows like the number of
 steps, ordinary checkpointing is the better method.
@@ -128,7 +152,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Inexact, PyTree, UInt8
 
 from .._compat import Y
 
@@ -137,49 +161,58 @@ Tableau: TypeAlias = diffrax.ButcherTableau | diffrax.StochasticButcherTableau
 
 
 class Account(NamedTuple):
-    """What decides on the coming steps. All scalars."""
+    """What decides on the coming steps. All scalars, in single precision whatever the
+    solution is in."""
 
-    # The largest `|y - z|` of each leaf, faded by the couplings since.
-    peak: tuple[Float[Array, ""], ...]
-    # Since the last checkpoint, in nats.
-    spent: Float[Array, ""]
+    # The binary logarithm of the largest norm of `y - z` in units of its level, faded
+    # by the couplings since.
+    peak: Float32[Array, ""]
+    # Since the last checkpoint, in bits.
+    spent: Float32[Array, ""]
     # Whether the last step was over the budget.
     wants_checkpoint: Bool[Array, ""]
-    # For an SDE: the largest error estimate of each leaf, faded. (Otherwise not an
-    # empty tuple: there is but one of those, and `equinox.tree_at` is confused.)
-    errors: tuple[Float[Array, ""], ...] | None
+    # For an SDE: the largest relative error, faded. (Otherwise not an empty tuple:
+    # there is but one of those, and `equinox.tree_at` is confused.)
+    relative: Float32[Array, ""] | None
 
 
 # `m = 2**(-code / 8)`, but for `_SYNC`, which is `m = 0`. One byte a step is recorded.
 _SYNC = 255
 _STEPS_PER_OCTAVE = 8
-_LEAST_COUPLING = 1e-3
-# The level of `|y - z|` that is put down to rounding, in units of it.
+# With more bits than this it is put to zero.
+_MOST_BITS = 6
+# The part of the level of `|y - z|` that is put down to rounding, in units of it.
 _FLOOR = 4
+# The power in the norm of `|y - z|`.
+_POWER = 8
 # Growth by more than this is a new defect.
 _MOST_GROWTH = 20
+# And no more than this of the growth of an element.
+_MOST_EXPANSION = 4
 # By which an error estimate of an SDE fades in each step.
 _FADE = 0.9
 
 
-def coupling(code: UInt8[Array, ""]) -> Float[Array, ""]:
+def coupling(code: UInt8[Array, ""]) -> Float32[Array, ""]:
     """The coupling `m` that a byte stands for."""
-    # In single precision whatever the solution is in, and so the same number for all.
-    exponent = code.astype(jnp.float32) / _STEPS_PER_OCTAVE
-    return jnp.where(code == _SYNC, jnp.float32(0), jnp.exp2(-exponent))
+    return jnp.where(code == _SYNC, jnp.float32(0), jnp.exp2(-_bits(code)))
 
 
-def _encode(m: Float[Array, ""]) -> UInt8[Array, ""]:
-    # Rounded towards stronger damping.
-    safe = jnp.maximum(m, m.dtype.type(_LEAST_COUPLING))
-    code = jnp.ceil(-_STEPS_PER_OCTAVE * jnp.log2(safe)).astype(jnp.uint8)
-    return jnp.where(m < _LEAST_COUPLING, jnp.uint8(_SYNC), code)
+def _bits(code: UInt8[Array, ""]) -> Float32[Array, ""]:
+    """The information that a coupling forgets."""
+    return code.astype(jnp.float32) / _STEPS_PER_OCTAVE
+
+
+def _encode(bits: Float32[Array, ""]) -> UInt8[Array, ""]:
+    # Rounded towards stronger damping. (What is not a number is no less than this.)
+    is_mild = bits < _MOST_BITS
+    code = jnp.ceil(_STEPS_PER_OCTAVE * jnp.where(is_mild, bits, 0))
+    return jnp.where(is_mild, jnp.maximum(code, 0), _SYNC).astype(jnp.uint8)
 
 
 def _leaves(tree: PyTree) -> list[Inexact[Array, "..."]]:
-    return [
-        x for x in map(jnp.asarray, jtu.tree_leaves(tree)) if eqx.is_inexact_array(x)
-    ]
+    leaves = map(jnp.asarray, jtu.tree_leaves(tree))
+    return [x for x in leaves if eqx.is_inexact_array(x) and x.size > 0]
 
 
 def precision(y: Y) -> Any:  # `jnp.finfo`, for which there are two types
@@ -193,7 +226,7 @@ def precision(y: Y) -> Any:  # `jnp.finfo`, for which there are two types
 def rms(tree: PyTree) -> Float[Array, ""]:
     """Root mean square over all elements. Its squares neither overflow nor underflow:
     a solution that has decayed to 1e-30 still counts in single precision."""
-    leaves = [jnp.abs(x) for x in _leaves(tree) if x.size > 0]
+    leaves = [jnp.abs(x) for x in _leaves(tree)]
     dtype = precision(tree).dtype
     if len(leaves) == 0:
         return jnp.zeros((), dtype)
@@ -204,16 +237,22 @@ def rms(tree: PyTree) -> Float[Array, ""]:
     return largest * jnp.sqrt(total / sum(x.size for x in leaves))
 
 
-def norms(tree: PyTree) -> tuple[Float[Array, ""], ...]:
-    """That of each leaf; of nothing at all, a zero."""
+def largest(tree: PyTree) -> Float[Array, ""]:
+    """The largest absolute value of all elements."""
     dtype = precision(tree).dtype
-    out = tuple(rms(x).astype(dtype) for x in _leaves(tree) if x.size > 0)
-    return (jnp.zeros((), dtype),) if len(out) == 0 else out
+    each = [jnp.max(jnp.abs(x)).astype(dtype) for x in _leaves(tree)]
+    return ft.reduce(jnp.maximum, each, jnp.zeros((), dtype))
+
+
+def zero_unless_finite(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """Zero where `x` is not finite, or is so large that a sum might not be."""
+    return jnp.where(jnp.abs(x) < float(jnp.finfo(x.dtype).max) / 8, x, 0)
 
 
 def budget(y: Y) -> float:
-    """In nats."""
-    return 10.0 if float(precision(y).eps) < 1e-12 else 4.0
+    """In bits."""
+    eps = float(precision(y).eps)
+    return 22.0 if eps < 1e-12 else 8.0 if eps < 1e-6 else 2.0
 
 
 @ft.cache
@@ -256,12 +295,11 @@ def reference_factor(tableau: Tableau) -> float:
     b_error = np.zeros(n) if tableau.b_error is None else tableau.b_error
     ratio = _ratio_of_errors((to_tuple(a), to_tuple(tableau.b_sol), to_tuple(b_error)))
     # Without an estimate, `error_from_slopes` is on the scale of the local error.
-    return 1.0 if ratio is None else min(1.0, math.sqrt(ratio) / 2)
+    return 0.1 if ratio is None else min(0.1, math.sqrt(ratio) / 20)
 
 
-def error_from_slopes(k0: Y, k1: Y, order: int | None) -> tuple[Array, ...]:
-    r"""In place of the norms of an embedded error estimate: what they would be for a
-    linear problem,
+def error_from_slopes(k0: Y, k1: Y, order: int | None) -> Y:
+    r"""In place of an embedded error estimate: what it would be for a linear problem,
     `h |f| (h L)**(order - 1) / (order + 1)!`, with the Lipschitz constant `L` as seen
     along the step. Times `h L` it is the local error, up to a constant.
 
@@ -270,40 +308,57 @@ def error_from_slopes(k0: Y, k1: Y, order: int | None) -> tuple[Array, ...]:
     - `k0`, `k1`: `h f` at both ends of the step.
     - `order`: That of the method.
     """
-    mean = (rms(k0) + rms(k1)) / 2
-    change = rms(jtu.tree_map(lambda a, b: a - b, k1, k0))
-    ratio = jnp.where(mean > 0, change / jnp.where(mean > 0, mean, 1), 0)
+    total = largest(jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), k0, k1))
+    change = largest(jtu.tree_map(lambda a, b: a - b, k1, k0))
+    ratio = jnp.where(total > 0, 2 * change / jnp.where(total > 0, total, 1), 0)
     order = 1 if order is None else order
     factor = jnp.minimum(ratio, 1) ** (order - 1) / (2 * math.factorial(order + 1))
-    return tuple(factor * (a + b) for a, b in zip(norms(k0), norms(k1), strict=True))
+    return jtu.tree_map(
+        lambda a, b: factor.astype(jnp.finfo(a.dtype).dtype) * (abs(a) + abs(b)), k0, k1
+    )
 
 
-def init(y0: Y, noisy: bool) -> tuple[UInt8[Array, ""], Account]:
-    zero = jnp.zeros((), precision(y0).dtype)
-    peak = tuple(zero for _ in norms(y0))
-    account = Account(peak, zero, jnp.array(False), peak if noisy else None)
+def init(noisy: bool) -> tuple[UInt8[Array, ""], Account]:
+    zero = jnp.zeros((), jnp.float32)
+    account = Account(_log2(zero), zero, jnp.array(False), zero if noisy else None)
     return jnp.array(0, jnp.uint8), account
 
 
-def _levels(
-    factor: float, errors: tuple[Float[Array, ""], ...], y1: Y
-) -> list[Float[Array, ""]]:
-    """What `|y - z|` may be, for each leaf."""
-    all_eps = [float(jnp.finfo(x.dtype).eps) for x in _leaves(y1) if x.size > 0]
-    sizes = norms(y1)
-    if len(sizes) > 1:
-        # That of a leaf may vanish as it changes its sign.
-        total = rms(y1)
-        error = ft.reduce(jnp.maximum, errors)
-        relative = error / jnp.where(total > 0, total, 1)
-        errors = tuple(
-            jnp.maximum(e, relative * size)
-            for e, size in zip(errors, sizes, strict=True)
-        )
-    return [
-        factor * e + _FLOOR * eps * size
-        for e, eps, size in zip(errors, all_eps or [0.0], sizes, strict=True)
-    ]
+def _log2(x: Float32[Array, ""]) -> Float32[Array, ""]:
+    return jnp.log2(jnp.maximum(x, jnp.finfo(jnp.float32).tiny))
+
+
+def _over_level(
+    factor: float,
+    relative: Float32[Array, ""],
+    difference1: Y,
+    errors: list[Array],
+    sizes: list[Array],
+) -> Float32[Array, ""]:
+    """The norm of `y - z`, each element in units of its level."""
+    total, num = jnp.float32(0), 0
+    for d, e, s in zip(_leaves(difference1), errors, sizes, strict=True):
+        kind = jnp.finfo(d.dtype)
+        e = jnp.maximum(e, relative.astype(s.dtype) * s)
+        level = factor * e + _FLOOR * float(kind.eps) * s
+        # What is about to underflow is left alone.
+        ratio = jnp.abs(d) / (level + _FLOOR * float(kind.tiny))
+        total = total + jnp.sum(ratio.astype(jnp.float32) ** _POWER)
+        num = num + d.size
+    return (total / max(num, 1)) ** (1 / _POWER)
+
+
+def _expansion(k0: Y, k1: Y, y0: Y, y1: Y) -> Float32[Array, ""]:
+    """By how many bits the elements have grown in a step. (Only what grows together
+    with its slope: an element that has crossed zero does not count.)"""
+    total, num = jnp.float32(0), 0
+    for a, b, p, q in zip(*map(_leaves, (k0, k1, y0, y1)), strict=True):
+        tiny = float(jnp.finfo(a.dtype).tiny)
+        over = lambda x, y, tiny=tiny: jnp.abs(x) / jnp.maximum(jnp.abs(y), tiny)
+        ratio = jnp.clip(jnp.minimum(over(b, a), over(q, p)), 1, _MOST_EXPANSION)
+        total = total + jnp.sum(ratio.astype(jnp.float32) ** _POWER)
+        num = num + a.size
+    return jnp.float32(0) if num == 0 else jnp.log2(total / num) / _POWER
 
 
 def update(
@@ -311,8 +366,10 @@ def update(
     code: UInt8[Array, ""],
     account: Account,
     difference1: Y,
-    errors: tuple[Float[Array, ""], ...],
+    error: Y,
+    y0: Y,
     y1: Y,
+    slopes: tuple[Y, Y] | None = None,
 ) -> tuple[UInt8[Array, ""], Account]:
     """The coupling of the next step, and the account after this one.
 
@@ -322,41 +379,33 @@ def update(
     - `code`: The coupling of this step.
     - `account`: At the start of the step.
     - `difference1`: `y - z` at its end.
-    - `errors`: The norms of its error estimate, of each leaf.
-    - `y1`: `y` at its end.
+    - `error`: Its error estimate.
+    - `y0`, `y1`: `y` at its start and end.
+    - `slopes`: Times the step size, there. `None` for an SDE.
     """
-    dtype = precision(y1).dtype
-    tiny = jnp.finfo(dtype).tiny
-    m = coupling(code).astype(dtype)
+    errors = [jnp.abs(x) for x in _leaves(error)]
+    pairs = zip(_leaves(y0), _leaves(y1), strict=True)
+    sizes = [jnp.maximum(jnp.abs(a), jnp.abs(b)) for a, b in pairs]
+    size = largest(sizes)
+    relative = jnp.where(size > 0, largest(errors) / jnp.where(size > 0, size, 1), 0)
+    relative = relative.astype(jnp.float32)
+    if account.relative is not None:
+        relative = jnp.maximum(relative, jnp.float32(_FADE) * account.relative)
 
-    errors = tuple(e.astype(dtype) for e in errors)
-    if account.errors is not None:
-        faded = [_FADE * e for e in account.errors]
-        errors = tuple(map(jnp.maximum, errors, faded))
-
-    # Of the leaves, that with which it is worst.
-    least = jnp.ones((), dtype)
-    growth = jnp.zeros((), dtype)
-    peaks = []
-    sizes = norms(difference1)
-    levels = _levels(factor, errors, y1)
-    for size, level, peak in zip(sizes, levels, account.peak, strict=True):
-        m1 = jnp.where(size > level, level / jnp.maximum(size, tiny), 1)
-        # A difference that is not a number is as bad as one can be.
-        least = jnp.minimum(least, jnp.where(jnp.isfinite(size), m1, 0))
-
-        peak = m * peak
-        known = peak * _MOST_GROWTH > size
-        ratio = jnp.maximum(size, tiny) / jnp.maximum(peak, tiny)
-        growth = jnp.maximum(growth, jnp.where(known, jnp.log(ratio), 0))
-        peaks.append(jnp.maximum(peak, size))
-
-    spent = account.spent + jnp.maximum(-jnp.log(jnp.maximum(m, tiny)), growth)
-    over = spent > budget(y1)
+    excess = _log2(_over_level(factor, relative, difference1, errors, sizes))
+    forgotten = _bits(code)
+    peak = account.peak - forgotten
+    growth = excess - peak
+    growth = jnp.where(growth < math.log2(_MOST_GROWTH), growth, 0)
+    if slopes is not None:
+        forgotten = forgotten + 2 * _expansion(*slopes, y0, y1)
+    spent = account.spent + jnp.maximum(forgotten, growth)
+    over = ~(spent <= budget(y1))
     account1 = Account(
-        peak=tuple(peaks),
-        spent=jnp.where(over, jnp.zeros((), dtype), spent),
+        # Of what is about to be dropped, and may be no number, nothing is left.
+        peak=jnp.where(excess < _MOST_BITS, jnp.maximum(peak, excess), 0),
+        spent=jnp.where(over, 0, spent),
         wants_checkpoint=over,
-        errors=None if account.errors is None else errors,
+        relative=None if account.relative is None else relative,
     )
-    return _encode(least.astype(dtype)), account1
+    return _encode(excess), account1

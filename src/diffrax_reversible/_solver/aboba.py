@@ -16,7 +16,7 @@ from .._method.srk import brownian_control
 
 
 class _SolverState(NamedTuple):
-    # By how much rounding errors grow on the way back to the last checkpoint, in nats.
+    # By how much rounding errors grow on the way back to the last checkpoint, in bits.
     spent: Float[Array, ""]
     # Whether the last step was over the budget.
     wants_checkpoint: Bool[Array, ""]
@@ -260,7 +260,7 @@ class ABOBA(
         spent, contraction = lax.stop_gradient((solver_state.spent, step.contraction))
         leaves = [c for c in jtu.tree_leaves(contraction) if c.size > 0]
         zero = jnp.zeros_like(spent)
-        growth = [-jnp.log(jnp.min(c)).astype(spent.dtype) for c in leaves]
+        growth = [-jnp.log2(jnp.min(c)).astype(spent.dtype) for c in leaves]
         growth = ft.reduce(jnp.maximum, growth, zero)
         spent = spent + growth
         over = spent > budget(y0)

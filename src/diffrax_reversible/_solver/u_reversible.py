@@ -72,8 +72,8 @@ class UReversible(
     steps); or all of them, if the coupling is a number. The solver state is `(y - z,
     code, account)`, or `z` if the coupling is a number. Here `y - z` and `z` are of the
     structure, shapes and dtypes of `y`, `code` is the coupling as a `uint8` (recorded,
-    so that it takes a byte a step), and the account holds a real scalar for each leaf
-    of `y` (two for an SDE) and one more, and a boolean.
+    so that it takes a byte a step), and the account holds two real scalars (three for
+    an SDE) and a boolean.
 
     Uses the interpolation of the wrapped solver for dense/ts output, on the stages of
     the first increment. So its error is of the same order at all times: 5 for `Tsit5`
@@ -94,17 +94,6 @@ class UReversible(
     interpolation is that of the wrapped solver, a line. In solves from a later to an
     earlier time they differ from diffrax's own (0.7.2), which take the drift with the
     wrong sign there.
-
-    !!! warning
-
-        The sizes of `y - z`, of the error estimate and of rounding are root mean
-        squares over each leaf of `y`. So a component that is much smaller than others
-        *of the same array* is resolved to their error, and not to its own: a part of
-        size 1e-3 next to an oscillation of size 1 has been seen to have ten times the
-        wrapped solver's error, and one of size 1e-6 ten thousand times; and below about
-        1e-7 of the largest (1e-4 in single precision) its gradient may be wrong,
-        without an error. Scale your variables so that they are of similar size, or put
-        them into several leaves.
 
     !!! warning
 
@@ -210,7 +199,7 @@ class UReversible(
             self.solver.init(cast(Any, terms), t0, t1, y0, args)
             eqx.filter_eval_shape(_check_product, terms, t0, t1, y0, args)
         if self._controlled:
-            code, account = controlled.init(y0, noisy)
+            code, account = controlled.init(noisy)
             return jtu.tree_map(jnp.zeros_like, y0), code, account
         return y0
 
@@ -284,6 +273,7 @@ class UReversible(
             # interpolation would be wrong.
             slope = step.terms.vf_prod(step.t1, y1, step.args, step.control)
         shift, info = self._return(*stop_gradient((step, y1, slope)))
+        shift = jtu.tree_map(controlled.zero_unless_finite, shift)
         return shift, info if slope is None else dict(k=slope)
 
     def _advance_y(self, step: StepInfo, registers: tuple[PyTree, ...]):
@@ -359,21 +349,22 @@ class UReversible(
     def steer(self, fixed, memo, registers0, registers1, y_error, infos):
         if not self._controlled:
             return fixed, memo
+        y0, _ = registers0
         y1, difference1 = registers1
-        if controlled.has_error_estimate(self._tableau):
-            errors = controlled.norms(y_error)
-        else:
-            *_, info0, info1 = infos
-            errors = controlled.error_from_slopes(
-                info0["k"][0], info1["k"], self.solver.order(cast(Any, None))
-            )
+        *_, info0, info1 = infos
+        slopes = info0["k"][0], info1["k"]
+        if not controlled.has_error_estimate(self._tableau):
+            order = self.solver.order(cast(Any, None))
+            y_error = controlled.error_from_slopes(*slopes, order)
         return controlled.update(
             controlled.reference_factor(self._tableau),
             fixed,
             memo,
             difference1,
-            errors,
+            y_error,
+            y0,
             y1,
+            None if memo.relative is not None else slopes,
         )
 
 
