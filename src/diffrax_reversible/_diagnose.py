@@ -248,7 +248,9 @@ def _walk_back(
         block = forward.format.read(session, index[None])
         _, t0, t1, made_jump = block.times(jnp.array(0))
         y1, state1 = rebuilt
-        state1 = forward.format.read_recorded(block, state1, jnp.array(0))
+        state1 = forward.format.read_recorded(
+            block, state1, jnp.array(0), state1, jnp.array(False)
+        )
         y0, _, state0 = solver.backward_step(terms, t0, t1, y1, args, state1, made_jump)
         # All steps but the first have a slot.
         stored, _ = slots.top_state(forward.kept(init_state, init_state.tprev))

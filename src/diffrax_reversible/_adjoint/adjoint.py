@@ -53,7 +53,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     solve differ from it.)
 
     No more step times are recorded than take half the memory of the checkpoints of
-    [`diffrax.RecursiveCheckpointAdjoint`][] (but 16 kB in any case), and at most those
+    [`diffrax.RecursiveCheckpointAdjoint`][] (but 48 kB in any case), and at most those
     of 65536 steps; so a large `max_steps` costs nothing, nor does `max_steps=None`. If
     there are more steps than that, then they are made again piece by piece on the
     backward pass, from the states that are kept, which is about one more forward solve.

@@ -88,7 +88,9 @@ class Forward:
 
     def _rest(self, state) -> tuple[Any, ...]:
         # (In the loop the host's static values are arrays.)
-        made_jump = False if self.format.made_jump is False else state.made_jump
+        made_jump: Any = False
+        if self.format.made_jump is not False:
+            made_jump = jnp.asarray(state.made_jump)
         return state.tprev, state.tnext, made_jump, state.controller_state
 
     def resume(self, init_state, number: Array, kept: PyTree) -> tuple[Any, Array]:

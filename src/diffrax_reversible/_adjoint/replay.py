@@ -72,7 +72,9 @@ def make_again(
             k = number - first
             _, t0, t1, made_jump = block.times(k)
             y0, solver_state0 = eqx.combine(state, static)
-            solver_state0 = format.read_recorded(block, solver_state0, k)
+            solver_state0 = format.read_recorded(
+                block, solver_state0, k, solver_state0, session.every == 1
+            )
             y1, solver_state1, _ = fns.call(
                 "step", made_jump, t0, t1, y0, solver_state0
             )

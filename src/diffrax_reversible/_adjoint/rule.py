@@ -270,20 +270,18 @@ def _loop_bwd(
         undo=undo,
         forward=forward,
         init_state=init_state,
-        num_steps=ends.num_steps,
+        ends=ends,
         record=record,
         checkpoint_every=checkpoint_every,
         rerun=ft.partial(hoisted.call, "rerun", consts),
     )
-    progress, is_same = way_back.walk()
-    carry = progress.carry
+    carry = way_back.walk().carry
     grads = (carry.grad_y1, carry.grad_solver_state)
     grads = (*grads, fns.sum_consts(carry.grad_consts), carry.grad_times)
     grads = check(
         grads,
         grad_final_state,
         record.is_consistent,
-        is_same,
         undo.event_is_lost(),
         throw,
     )

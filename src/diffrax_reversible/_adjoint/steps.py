@@ -206,12 +206,26 @@ class Format:
         )
         return count
 
-    def read_recorded(self, block: Block, solver_state: PyTree, k: Array) -> PyTree:
-        """`solver_state` with its recorded part as it was at the start of a step."""
+    def read_recorded(
+        self,
+        block: Block,
+        solver_state: PyTree,
+        k: Array,
+        start: PyTree,
+        is_whole: Array,
+    ) -> PyTree:
+        """`solver_state` with its recorded part as it was at the start of a step. If
+        nothing is rebuilt (`is_whole`) then that is as it is at the `start` that has
+        been made again: which may be another, as the solution amplifies rounding."""
         if len(block.recorded) == 0:
             return solver_state
         where = lambda s: jtu.tree_leaves(self._solver.recorded(s))
-        return eqx.tree_at(where, solver_state, [x[k] for x in block.recorded])
+        own = map(jnp.asarray, where(start))
+        recorded = [
+            jnp.where(is_whole, x, y[k])
+            for x, y in zip(own, block.recorded, strict=True)
+        ]
+        return eqx.tree_at(where, solver_state, recorded)
 
 
 def _bit(pred: Any, bit: int) -> Array:

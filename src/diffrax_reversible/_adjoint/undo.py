@@ -65,6 +65,8 @@ class Segment(NamedTuple):
     target: Array
     y: PyTree
     solver_state: PyTree
+    # Whether that of every step is.
+    is_whole: Array
 
 
 class Undo:
@@ -172,7 +174,9 @@ class Undo:
         number = jnp.maximum(carry.num_steps - 1, 0)
         k = segment.last - number
         t_prev, t0, _, made_jump = segment.block.times(k)
-        solver_state = self._format.read_recorded(segment.block, carry.solver_state, k)
+        solver_state = self._format.read_recorded(
+            segment.block, carry.solver_state, k, segment.solver_state, segment.is_whole
+        )
         return number, t_prev, Step(t0, carry.t1, carry.y1, solver_state, made_jump)
 
     def step(self, carry: Carry, segment: Segment, active: Array) -> Carry:

@@ -71,15 +71,17 @@ def differs(
     grad_consts: dict[int, Array],
     num_steps: Array,
     pred: Array,
+    is_finite: Array,
 ) -> Array:
     """Whether the two differ, by more than would matter if they did so in `num_steps`
     steps. `grad_consts` are the gradients of constants so far. Only asked for those of
-    a batch for which `pred` is true; among them it may not be known which."""
+    a batch for which `pred` is true; among them it may not be known which. `is_finite`
+    if the solution is, so that what has been made again should be."""
     tol = tolerance(found.y[1])
     if len(jtu.tree_leaves(_inexact(found.y))) == 0:
         return jnp.zeros_like(pred)
     if "vector_field" not in fns.hoisted:
-        return pred & _states_differ(tol, *found.comparable, None)
+        return pred & _states_differ(tol, *found.comparable, None, is_finite)
     both = jtu.tree_map(lambda a, b: jnp.stack([a, b]), *map(_inexact, found.y))
     static = eqx.filter(found.y[1], eqx.is_inexact_array, inverse=True)
     grad_y = jtu.tree_map(lambda g: jnp.where(pred, g, 0), grad_y)
@@ -93,7 +95,7 @@ def differs(
     change, new_consts, new_y = lax.map(pull, both)
     # The size of an element does not vanish where it changes its sign.
     change = jtu.tree_map(lambda x: x[1], _inexact(change))
-    out = _states_differ(tol, *found.comparable, change)
+    out = _states_differ(tol, *found.comparable, change, is_finite)
     # (The same for a batch, or gradients that it shares would be one for each element.)
     num_steps = eqxi.unvmap_max(num_steps)
     pairs = [(x, grad_consts[i]) for i, x in new_consts.items()]
@@ -107,7 +109,9 @@ def _inexact(tree: PyTree) -> PyTree:
     return eqx.filter(tree, eqx.is_inexact_array)
 
 
-def _states_differ(tol: float, rebuilt: PyTree, stored: PyTree, change: PyTree):
+def _states_differ(
+    tol: float, rebuilt: PyTree, stored: PyTree, change: PyTree, is_finite: Array
+) -> Array:
     changes = jtu.tree_leaves(change)
     out = jnp.array(False)
     leaves = zip(*map(jtu.tree_leaves, map(_inexact, (rebuilt, stored))), strict=True)
@@ -122,7 +126,8 @@ def _states_differ(tol: float, rebuilt: PyTree, stored: PyTree, change: PyTree):
             size = jnp.maximum(jnp.abs(b), jnp.abs(b + change_i))
         bound = tol * size + _FLOOR * eps * rms(size).astype(size.dtype)
         # (What is not finite in the solution itself cannot be cured.)
-        out = out | ~jnp.all((jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
+        is_lost = ~(jnp.isfinite(b) | is_finite)
+        out = out | ~jnp.all((jnp.abs(a - b) <= bound) | is_lost)
     return out
 
 

@@ -17,21 +17,19 @@ from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
 from . import verify as verify
+from .check import all_finite
 from .coupling_pullback import comparable
 from .forward import Forward, Record
 from .functions import Functions
 from .replay import make_again
 from .slots import Slots
 from .steps import BLOCK, Session
-from .undo import Carry, Segment, Undo
+from .undo import Carry, Ends, Segment, Undo
 
 
 # How many states are wanted if the first attempt failed: one of so many; in the next
 # attempt all.
 _DENSE = 16
-# How close the end of the steps that were made again must be to what it was, relative
-# to the time that they take.
-_CLOSE = 1e-6
 # More than there are steps.
 _NEVER = 2**31 - 1
 
@@ -60,7 +58,7 @@ class WayBack:
         undo: Undo,
         forward: Forward,
         init_state,
-        num_steps: Array,
+        ends: Ends,
         record: Record,
         checkpoint_every: int | None,
         rerun: Callable,
@@ -70,7 +68,8 @@ class WayBack:
         self._forward = forward
         self._format = forward.format
         self._init_state = init_state
-        self._num_steps = num_steps
+        self._num_steps = ends.num_steps
+        self._is_finite = all_finite(ends.y)
         self._record = record
         self._every = _NEVER if checkpoint_every is None else checkpoint_every
         self._rerun = rerun
@@ -79,9 +78,8 @@ class WayBack:
     def _initial(self) -> tuple[PyTree, PyTree]:
         return self._init_state.y, self._init_state.solver_state
 
-    def walk(self) -> tuple[Progress, Array]:
-        """All the way. Returns as well whether, where steps were made again by the
-        host's loop, these were the same steps."""
+    def walk(self) -> Progress:
+        """All the way."""
         record = self._record
         zero, every = jnp.array(0), jnp.array(self._every)
         progress = Progress(
@@ -116,23 +114,23 @@ class WayBack:
                 lambda loop: (attempt(restart(loop[0]), session),),
                 (progress,),
             )
-            return progress, jnp.array(True)
+            return progress
 
         def attempt_session(loop):
-            progress, session, is_same = loop
-            # If it begins anew, none of the record can be read any more.
-            first = jnp.where(progress.has_failed, self._num_steps, session.first)
-            progress, session, is_same = self._next_session(
-                restart(progress), session._replace(first=first), is_same
+            progress, session = loop
+            # If it begins anew then none of the record can be read any more, unless it
+            # is that of all steps.
+            is_lost = progress.has_failed & (self._num_steps > self._most)
+            first = jnp.where(is_lost, self._num_steps, session.first)
+            progress, session = self._next_session(
+                restart(progress), session._replace(first=first)
             )
-            return attempt(progress, session), session, is_same
+            return attempt(progress, session), session
 
-        progress, _, is_same = lax.while_loop(
-            proceeds,
-            attempt_session,
-            (progress, self._first_session(session), jnp.array(True)),
+        progress, _ = lax.while_loop(
+            proceeds, attempt_session, (progress, self._first_session(session))
         )
-        return progress, is_same
+        return progress
 
     def _again(self, progress: Progress) -> Progress:
         """From the end, all of a batch."""
@@ -175,20 +173,22 @@ class WayBack:
         return session._replace(first=first, t_first=t_first)
 
     def _next_session(
-        self, progress: Progress, session: Session, is_same: Array
-    ) -> tuple[Progress, Session, Array]:
+        self, progress: Progress, session: Session
+    ) -> tuple[Progress, Session]:
         """If there are no more steps to be undone in this session, makes those before
-        again, from the last state that is kept, by the host's loop."""
+        again, from the last state that is kept, by the host's loop. (They may differ,
+        by what the solution makes of rounding. But so may all steps that any adjoint
+        makes again.)"""
         carry = progress.carry
         n, is_done = carry.num_steps, carry.num_steps == 0
         needs = ~is_done & (n <= session.first)
 
         def proceeds(loop):
-            _, session, _, _ = loop
+            _, session, _ = loop
             return eqxi.unvmap_any(needs & (session.first >= n))
 
         def run(loop):
-            slots, session, is_same, carry = loop
+            slots, session, carry = loop
             start = slots.top()
             # What is at hand, and where a session begins, have slots of their own.
             least = n - self._most
@@ -207,20 +207,17 @@ class WayBack:
             new = Session(record.steps, start, t_first, session.every)
             takes = needs & is_last
             session = jtu.tree_map(lambda a, b: jnp.where(takes, a, b), new, session)
-            # To be undone from its own end, which may differ by rounding.
-            distance = jnp.abs(record.t_last - carry.t1)
-            is_close = distance <= _CLOSE * jnp.abs(carry.t1 - t_first)
-            is_same = is_same & (~takes | is_close)
+            # To be undone from its own end.
             y1, solver_state = self._restored(
                 takes, end, (carry.y1, carry.solver_state)
             )
             t1 = jnp.where(takes, record.t_last, carry.t1)
             carry = carry._replace(t1=t1, y1=y1, solver_state=solver_state)
-            return slots, session, is_same, carry
+            return slots, session, carry
 
-        loop = (progress.slots, session, is_same, carry)
-        slots, session, is_same, carry = lax.while_loop(proceeds, run, loop)
-        return progress._replace(slots=slots, carry=carry), session, is_same
+        loop = (progress.slots, session, carry)
+        slots, session, carry = lax.while_loop(proceeds, run, loop)
+        return progress._replace(slots=slots, carry=carry), session
 
     def _restored(self, pred, kept: PyTree, state: PyTree) -> PyTree:
         """`(y, solver_state)`, or if `pred` that which was kept."""
@@ -274,7 +271,12 @@ class WayBack:
         kept = slots.top_state(self._kept_initial)
         y, solver_state = self._restored(True, kept, self._initial)
         segment = Segment(
-            block, last, jnp.where(has_target, target, -1), y, solver_state
+            block,
+            last,
+            jnp.where(has_target, target, -1),
+            y,
+            solver_state,
+            session.every == 1,
         )
         limit = jnp.where(has_target, target, first)
         limit = jnp.where(is_waiting | ~is_inside, carry.num_steps, limit)
@@ -347,5 +349,11 @@ class WayBack:
         )
         num_steps = since - carry.num_steps
         return verify.differs(
-            self._fns, found, carry.grad_y1, carry.grad_consts, num_steps, checks
+            self._fns,
+            found,
+            carry.grad_y1,
+            carry.grad_consts,
+            num_steps,
+            checks,
+            self._is_finite,
         )
