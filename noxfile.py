@@ -49,7 +49,7 @@ def tests(session: nox.Session) -> None:
 # Of each promise something.
 QUICK = (
     "tests/test_aboba.py::test_gradient",
-    "tests/test_batch.py::test_mark",
+    "tests/test_batch.py::test_levels",
     "tests/test_batch.py::test_what_the_batch_shares",
     "tests/test_citation.py",
     "tests/test_compat.py",
@@ -74,6 +74,7 @@ QUICK = (
     "tests/test_stochastic.py::test_gradient",
     "tests/test_times.py::test_quadratic",
     "tests/test_transformations.py::test_checkpoint",
+    "tests/test_transformations.py::test_modes_of_other_solvers",
     "tests/test_transformations.py::test_has_aux",
     "tests/test_transformations.py::test_pulled_back_twice",
     "tests/test_transformations.py::test_stop_gradient",
@@ -96,9 +97,10 @@ PART = (
     "tests/test_gradient.py",
     "tests/test_vmap.py",
     "tests/test_batch.py",
+    "tests/test_transformations.py::test_modes_of_other_solvers",
     "-k",
     "not (gradient or vmap or batch) or closed_over or resumed or host_instances "
-    "or scan or finished or subs or test_mark or test_sum or share",
+    "or scan or finished or subs or other_solvers or test_levels or test_sum or share",
 )
 # Old versions of the dependencies warn of each other.
 OLD = ("-W", "default")
@@ -185,6 +187,7 @@ def examples(session: nox.Session) -> None:
     session.install("-e", ".[examples]")
     for name, *options in (
         ("hare_lynx",),
+        ("least_squares",),
         ("digits_neural_ode",),
         ("planets",),
         ("continuous_flow",),

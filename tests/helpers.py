@@ -16,7 +16,14 @@ import jax.tree_util as jtu
 import numpy as np
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import forward, plan, replay, steps, way_back
+from diffrax_reversible._adjoint import (
+    forward,
+    plan,
+    replay,
+    steps,
+    way_back,
+    windows,
+)
 
 
 #
@@ -392,7 +399,7 @@ def make_args(key, dtype):
 
 def short_records(monkeypatch, block, window):
     """Makes records so short that even a short solve does not fit into one."""
-    for module in (steps, forward, plan, replay, way_back):
+    for module in (steps, forward, plan, replay, way_back, windows):
         monkeypatch.setattr(module, "BLOCK", block)
     monkeypatch.setattr(plan, "_WINDOW", window)
 

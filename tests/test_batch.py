@@ -11,8 +11,8 @@ import lineax as lx
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import rule as _rule
-from diffrax_reversible._adjoint.batch import find_batch, mark_batch
+from diffrax_reversible._adjoint import gradient as _gradient_module
+from diffrax_reversible._adjoint.linear import AbstractLinear, apply
 
 from .helpers import GenericLeapfrog, relative_difference
 from .test_counts import Counter
@@ -214,40 +214,68 @@ def test_what_the_batches_share(sum_over_batch):
     assert relative_difference(ours, expected) < TOL
 
 
-def _sum(*axes):
-    return lambda fn: lambda *x: jnp.sum(jax.vmap(fn, axes)(*x))
+class _Scaled(AbstractLinear):
+    """The product of a number that a batch shares with a sum over others."""
+
+    def __init__(self, sizes, is_transposed=False):
+        self.sizes = sizes
+        self.is_transposed = is_transposed
+
+    def shapes(self, linear, others):
+        return linear
+
+    def __call__(self, linear, others, batch):
+        [t], [x] = linear, others
+        if self.is_transposed:
+            self.sizes.append([marked.level.size for marked in batch])
+        return [t * jnp.sum(x)]
+
+    def transpose(self, given, wanted):
+        return _Scaled(self.sizes, not self.is_transposed)
+
+    def differentiate(self, linear, others, tangents):
+        [t], [dx] = linear, tangents.values()
+        return [t * jnp.sum(dx)]
+
+
+def _sum(fn):
+    return lambda w, x: jnp.sum(jax.vmap(fn, (None, 0))(w, x))
+
+
+def _of_each(fn):
+    return jax.vmap(fn, (None, 0))
 
 
 @pytest.mark.parametrize(
     "nesting,expected",
     [
-        (lambda fn: jax.vmap(jax.grad(fn)), []),
-        (lambda fn: jax.grad(_sum(0)(fn)), [3]),
-        (lambda fn: jax.vmap(jax.grad(_sum(0)(fn))), [2]),
-        (lambda fn: jax.grad(_sum(0)(_sum(0)(fn))), [2, 3]),
-        (lambda fn: jax.vmap(lambda x: jax.jvp(jax.grad(fn), (x,), (x,))), []),
-        (lambda fn: lambda x: jax.jvp(jax.grad(_sum(0)(fn)), (x,), (x,)), [3]),
+        (lambda fn: _of_each(jax.grad(fn)), []),
+        (lambda fn: jax.grad(_sum(fn)), [3]),
+        (lambda fn: _of_each(jax.grad(_sum(fn))), [2]),
+        (lambda fn: jax.grad(_sum(_sum(fn))), [2, 3]),
+        (lambda fn: lambda w, x: jax.jvp(jax.grad(_sum(fn)), (w, x), (w, x))[0], [3]),
     ],
 )
 @pytest.mark.parametrize("jit", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
-def test_mark(nesting, expected, jit):
+def test_levels(nesting, expected, jit):
     # Those batches are found that are within the derivative, the innermost first. (A
     # solve is always compiled; so this is of something else.)
     sizes = []
 
-    @jax.custom_vjp
-    def square(x, mark):
-        return jnp.sum(x**2)
+    @jax.custom_jvp
+    def scaled(w, x):
+        return w * jnp.sum(x)
 
-    def bwd(residuals, grad):
-        x, mark = residuals
-        sizes.append([level.size for level in find_batch(mark, (), ()).levels])
-        return 2 * x * grad, None
+    @scaled.defjvp
+    def _(primals, tangents):
+        (w, x), (t, _) = primals, tangents
+        return scaled(w, x), apply(_Scaled(sizes), [t], [x])[0]
 
-    square.defvjp(lambda x, mark: (jnp.sum(x**2), (x, mark)), bwd)
-    fn = jit(lambda x: square(x, mark_batch(x, over_devices=False)))
-    nesting(fn)(jnp.ones((3, 2)))
+    fn = jit(scaled)
+    x = jnp.ones((3, 2))
+    out = nesting(lambda w, x: fn(w, x))(jnp.array(2.0), x)
     assert sizes[-1] == expected
+    assert jnp.allclose(jnp.sum(jnp.asarray(out)), 6)
 
 
 #
@@ -514,7 +542,7 @@ def test_by_default(monkeypatch):
     # That of a matrix, if those of all elements take much memory.
     summed, not_summed = lowered(True, 8), lowered(False, 8)
     assert lowered("auto", 8) == not_summed != summed
-    monkeypatch.setattr(_rule, "_MANY_BYTES", 0)
+    monkeypatch.setattr(_gradient_module, "_MANY_BYTES", 0)
     jax.clear_caches()
     assert lowered("auto", 8) == summed
     # As many parameters as there are numbers in `y` are not worth it.

@@ -263,23 +263,24 @@ def test_training_loop():
     assert ours[1][-1] < 0.8 * ours[1][0]
 
 
-def test_implicit_layer():
-    # Within the function of a root finder, and so differentiated forwards and back, by
-    # JAX, without ever a second derivative: a shooting method.
-    def shoot(w, target):
-        fn = lambda y0, w: ys(ADJOINT, w, y0, PUBLISHED, CONSTANT)[-1] - target
-        # Newton's own Jacobian would be a forward derivative.
-        y0 = optx.root_find(
-            lambda y0, w: fn(y0, w), optx.Chord(1e-8, 1e-8), Y0, w, throw=False
-        )
-        return y0.value
+def test_shooting():
+    # By Newton's method, whose Jacobians are derivatives in forward mode; and then the
+    # derivative of its root, which is one of either mode, with no second derivative.
+    target = jnp.array([0.3, 0.2])
 
-    with pytest.raises(NotImplementedError, match="ForwardMode"):
-        jax.jit(shoot)(W, jnp.array([0.3, 0.2]))
+    def shoot(w, adjoint):
+        fn = lambda y0, w: ys(adjoint, w, y0, RK, CONSTANT)[-1] - target
+        return optx.root_find(fn, optx.Newton(1e-10, 1e-10), Y0, w).value
+
+    start = jax.jit(ft.partial(shoot, adjoint=ADJOINT))(W)
+    assert jnp.max(jnp.abs(ys(ADJOINT, W, start, RK, CONSTANT)[-1] - target)) < 1e-8
+    ours = jax.jit(jax.jacrev(ft.partial(shoot, adjoint=ADJOINT)))(W)
+    forward = ft.partial(shoot, adjoint=diffrax.DirectAdjoint())
+    assert relative_difference(ours, jax.jit(jax.jacfwd(forward))(W)) < 1e-8
 
 
 #
-# Second derivatives, and what there is not
+# Forward mode, and second derivatives
 #
 
 
@@ -322,30 +323,91 @@ def test_hessian_in_a_batch():
     assert relative_difference(ours, expected) < TOL
 
 
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
-def test_forward_mode(solver, batched):
-    fn = lambda y0: loss_of(ADJOINT, W, y0, solver)
-    forward = lambda y0: jax.jvp(fn, (y0,), (y0,))
-    y0 = Y0
-    if batched:
-        forward, y0 = jax.vmap(forward), jnp.stack([Y0, Y0])
-    with pytest.raises(NotImplementedError, match="ForwardMode"):
-        jax.jit(forward)(y0)
+DX = (jnp.cos(W), jnp.sin(3 * Y0))
+
+
+def _along(fn):
+    return lambda *x: jax.jvp(fn, x, DX)[1]
+
+
+def _sum_of_gradient(fn):
+    gradient = jax.grad(fn, argnums=(0, 1))
+    return lambda *x: sum(jnp.vdot(g, d) for g, d in zip(gradient(*x), DX))
+
+
+MODES = {
+    "jvp": _along,
+    "jacfwd": lambda fn: jax.jacfwd(fn, argnums=(0, 1)),
+    "linearize": lambda fn: lambda *x: jax.linearize(fn, *x)[1](*DX),
+    "transpose": lambda fn: (
+        lambda *x: jax.linear_transpose(jax.linearize(fn, *x)[1], *x)(jnp.array(1.0))
+    ),
+    "jvp of grad": lambda fn: _along(jax.grad(fn, argnums=(0, 1))),
+    "hessian": lambda fn: jax.hessian(fn, argnums=(0, 1)),
+    "grad of grad": lambda fn: jax.grad(_sum_of_gradient(fn), argnums=(0, 1)),
+    "jacrev of grad": lambda fn: jax.jacrev(jax.grad(fn, argnums=1), argnums=(0, 1)),
+    "grad of jvp": lambda fn: jax.grad(_along(fn), argnums=(0, 1)),
+    "jvp of jvp": lambda fn: _along(_along(fn)),
+}
+AROUND = {
+    "jit": jax.jit,
+    "vmap": lambda fn: (
+        lambda w, y0: jax.jit(jax.vmap(fn, (None, 0)))(
+            w, jnp.stack([y0, 0.7 * y0, 2 * y0])
+        )
+    ),
+    "scan": lambda fn: jax.jit(
+        lambda *x: jax.lax.scan(lambda c, _: (c, fn(*x)), 0.0, length=2)[1]
+    ),
+}
+WITHIN = {
+    "": lambda fn: fn,
+    "vmap": lambda fn: (
+        lambda w, y0: jnp.sum(
+            jax.vmap(fn, (None, 0))(w, jnp.stack([y0, 0.7 * y0, 2 * y0]))
+        )
+    ),
+    "checkpoint": jax.checkpoint,
+    "scan": lambda fn: (
+        lambda *x: jax.lax.scan(lambda c, _: (c + fn(*x), None), 0.0, length=2)[0]
+    ),
+}
+
+
+@ft.cache
+def _in_mode(is_ours, solver, mode, around, within):
+    def value(w, y0):
+        adjoint = ADJOINT if is_ours else diffrax.DirectAdjoint()
+        out = solve(adjoint, w, y0, solver, PID, max_steps=16)
+        return weighted_sum(out.ys)
+
+    return AROUND[around](MODES[mode](WITHIN[within](value)))(W, Y0)
 
 
 @pytest.mark.parametrize(
-    "second",
+    "mode,around,within",
     [
-        lambda fn: jax.grad(lambda y0: jnp.sum(jax.grad(fn)(y0))),
-        lambda fn: lambda y0: jax.vmap(jax.jacrev(jax.grad(fn)))(y0[None]),
+        *[(mode, "jit", "") for mode in MODES],
+        ("jvp", "vmap", "vmap"),
+        ("jacfwd", "scan", "checkpoint"),
+        ("hessian", "jit", "vmap"),
+        ("hessian", "vmap", "scan"),
+        ("grad of grad", "vmap", "vmap"),
+        ("grad of jvp", "scan", "vmap"),
+        ("jvp of grad", "vmap", "checkpoint"),
     ],
-    ids=["grad", "vmap"],
 )
-def test_reverse_over_reverse(second):
-    fn = lambda y0: loss_of(ADJOINT, W, y0, PUBLISHED, CONSTANT)
-    with pytest.raises(RuntimeError, match="in reverse mode once more"):
-        jax.jit(second(fn))(Y0)
+def test_modes(mode, around, within):
+    # (Of a solver whose second copy counts as a constant, and what is rebuilt from it.)
+    ours, expected = (_in_mode(x, RK, mode, around, within) for x in (True, False))
+    assert relative_difference(ours, expected) < 1e-9
+
+
+@pytest.mark.parametrize("solver", [PUBLISHED, HEUN], ids=["published", "Heun"])
+@pytest.mark.parametrize("mode", ["jvp", "hessian"])
+def test_modes_of_other_solvers(solver, mode):
+    ours, expected = (_in_mode(x, solver, mode, "jit", "") for x in (True, False))
+    assert relative_difference(ours, expected) < 1e-9
 
 
 #

@@ -11,10 +11,10 @@ with the newest.
 | `eqxi.unvmap_any`, `eqxi.unvmap_max` | decisions that a batch takes together |
 | `eqxi.nextafter`, `eqxi.prevbefore` | steps end and start so, next to a jump |
 | `eqxi.branched_error_if` | an error with a message chosen at run time |
-| `eqxi.nondifferentiable_backward` | an error in reverse over reverse mode |
-| `ad`, `batching`, `mlir`, `Primitive` | primitives of our own, with their rules |
+| `ad`, `batching`, `mlir`, `Primitive`, `ShapedArray` | primitives of our own |
 """
 
 import equinox.internal as eqxi  # noqa: F401
+from jax.core import ShapedArray as ShapedArray
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad as ad, batching as batching, mlir as mlir

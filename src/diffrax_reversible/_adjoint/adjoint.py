@@ -58,18 +58,19 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     there are more steps than that, then they are made again piece by piece on the
     backward pass, from the states that are kept, which is about one more forward solve.
 
-    Second derivatives can be had by forward over reverse mode, `jax.jvp` of `jax.grad`;
-    but not with [`diffrax_reversible.UReversible`][], unless its coupling is a number.
+    It is differentiated in every mode: reverse (`jax.grad`), forward (`jax.jvp`,
+    `jax.jacfwd`, `jax.linearize`), and twice in any order of these (`jax.hessian`).
+    Forward mode makes the solve twice, once with tangents, and takes the memory of a
+    solve. For second derivatives nothing is rebuilt: every state is wanted, and made
+    again from the start, with its tangent, in the same slots.
 
     **Raises:**
 
     - `ValueError` if the solver is not reversible, or for a
         [`diffrax.UnsafeBrownianPath`][].
-    - `NotImplementedError` in forward mode; for second derivatives with
-        `UReversible(..., coupling_parameter="auto")`; and when differentiating with
-        respect to something in a step size controller that is not one of diffrax's
-        own.
-    - `RuntimeError` in reverse over reverse mode.
+    - `NotImplementedError` for third derivatives; in forward mode with respect to
+        `ClipStepSizeController(step_ts=...)`; and when differentiating with respect to
+        something in a step size controller that is not one of diffrax's own.
     - `RuntimeError`, by the gradient alone and under `jax.jit` too, if the gradient is
         not finite though what it was pulled back from is. With
         `diffeqsolve(throw=False)` there is no error: the gradient is then not finite,

@@ -1,68 +1,29 @@
 """Batches, over which the gradients of shared parameters are summed step by step.
 
 Under `jax.grad` of `jax.vmap` the gradient of what is not batched is summed over the
-batch. JAX does so after the backward pass: in it, each element has its own. Done inside
-it, there is one copy of them, and products of matrices are made in place of as many
-outer products. But under `jax.vmap` of `jax.grad` each element is to keep its own; and
-within a backward pass the two look alike.
-
-They differ in which comes first, when the solve is called. So a primitive is put beside
-it: its batching rule marks the batch, and its derivative is one that batches no longer
-mark. In the backward pass a function can then be differentiated for the batch as a
-whole: its arguments are gathered, and each element is handed its part of the results.
+batch: see `linear`. Done in each step, there is one copy of these gradients, and
+products of matrices are made in place of as many outer products. So a function is
+differentiated for the batch as a whole: its arguments are gathered, and each element is
+handed its part of the results.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from .._jax_compat import ad, batching, mlir, Primitive
-
-
-_mark_p = Primitive("diffrax_reversible_mark")
-_mark_p.def_impl(lambda mark, *xs, **kwargs: mark)
-_mark_p.def_abstract_eval(lambda mark, *xs, **kwargs: mark)
-mlir.register_lowering(
-    _mark_p, mlir.lower_fun(lambda mark, *xs, **kwargs: mark, multiple_results=False)
-)
-
-
-def _mark_batch(axis_data, xs, dims, *, over_devices):
-    mark = _mark_p.bind(*xs, over_devices=over_devices)
-    is_batched = any(d is not None for d in dims[1:])
-    is_over_devices = axis_data.spmd_name is not None
-    if not is_batched or (is_over_devices and not over_devices):
-        return mark, None
-    return jnp.broadcast_to(mark, (axis_data.size, *jnp.shape(mark))), 0
-
-
-batching.fancy_primitive_batchers[_mark_p] = _mark_batch
-# Not bound again, so a batch is not marked that is outside of the derivative.
-ad.primitive_jvps[_mark_p] = lambda xs, tangents, **kwargs: (xs[0], tangents[0])
-
-
-def mark_batch(inputs: PyTree, over_devices: bool) -> Array:
-    """An array that is batched just where `inputs` are, or a part of them, before they
-    are differentiated. To be handed to the function that is, besides them.
-
-    Batches over devices are marked only if `over_devices`: if sums are made in every
-    step, then these would exchange them there.
-    """
-    leaves = jtu.tree_leaves(eqx.filter(inputs, eqx.is_array))
-    return _mark_p.bind(jnp.array(False), *leaves, over_devices=over_devices)
+from .._jax_compat import batching, Primitive
 
 
 class Level(NamedTuple):
     """One of the batches that the solve is in."""
 
-    # Batched here, and perhaps at the levels that this one is in.
+    # Batched here, and at no other level.
     mark: Any
     size: int
     name: Any
@@ -70,45 +31,6 @@ class Level(NamedTuple):
     is_batched: tuple[bool, ...]
     # Whether its elements may make different steps, or save at different times.
     steps_differ: bool
-
-
-class _Found:
-    """Where the batching rule of `_levels_p` puts what it finds."""
-
-    def __init__(self, mark):
-        self.mark = mark
-        self.levels: list[Level] | None = []
-
-
-_levels_p = Primitive("diffrax_reversible_levels")
-_levels_p.multiple_results = True
-_levels_p.def_impl(lambda *xs, **kwargs: [])
-_levels_p.def_abstract_eval(lambda *xs, **kwargs: [])
-mlir.register_lowering(
-    _levels_p, mlir.lower_fun(lambda *xs, **kwargs: [], multiple_results=True)
-)
-ad.primitive_jvps[_levels_p] = lambda xs, _, **kwargs: ([], [])
-
-
-def _find_level(axis_data, xs, dims, *, found, num_consts):
-    is_batched = tuple(d is not None for d in dims)
-    is_marked, consts, steps = (
-        is_batched[0],
-        is_batched[1 : num_consts + 1],
-        is_batched[num_consts + 1 :],
-    )
-    if found.levels is not None:
-        if is_marked:
-            size, name = axis_data.size, axis_data.name
-            found.levels.append(Level(found.mark, size, name, consts, any(steps)))
-        # As it is outside of this level.
-        found.mark = xs[0]
-    # Outwards.
-    _levels_p.bind(*xs, found=found, num_consts=num_consts)
-    return [], []
-
-
-batching.fancy_primitive_batchers[_levels_p] = _find_level
 
 
 _whole_p = Primitive("diffrax_reversible_whole")
@@ -163,13 +85,6 @@ class Batch(NamedTuple):
     def steps_differ(self) -> bool:
         return any(level.steps_differ for level in self.levels)
 
-    @property
-    def is_named(self) -> bool:
-        """Whether there may be collective operations over it."""
-        # (What JAX has in place of a name is a bare `object()`.)
-        has_names = any(type(level.name) is not object for level in self.levels)
-        return has_names and not self.steps_differ
-
     def num_shared_by(self, i: int) -> int:
         """How many elements share a constant."""
         return math.prod(x.size for x in self.levels if not x.is_batched[i])
@@ -218,20 +133,8 @@ def _whole(level: Level, x: Array) -> Array:
     return _whole_p.bind(level.mark, x, size=level.size)
 
 
-def find_batch(mark: Any, consts: Sequence[Any], steps: PyTree) -> Batch:
-    """To be called in the backward pass, with the `mark` made before the forward one
-    (`None` if there is nothing to be summed), the constants, and that on which it
-    depends which steps there are, and what was saved in them."""
-    if mark is None:
-        return Batch((), tuple(consts))
-    found = _Found(mark)
-    steps = jtu.tree_leaves(eqx.filter(steps, eqx.is_array))
-    _levels_p.bind(mark, *consts, *steps, found=found, num_consts=len(consts))
-    levels = found.levels
-    assert levels is not None
-    # If this has become part of a program then that must not hold on to tracers, nor
-    # add to them.
-    found.levels = found.mark = None
+def make_batch(levels: Sequence[Level], consts: Sequence[Any]) -> Batch:
+    """To be called within these levels, the innermost of which is the first."""
 
     def whole(i, x):
         for level in levels:

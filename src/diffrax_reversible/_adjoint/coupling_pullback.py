@@ -190,7 +190,7 @@ class CouplingPullback(AbstractPullback):
             coupling.undo(registers, scales[k], shift)
             unscaled[k] = registers[coupling.register]
             shifts[k] = shift
-        registers0 = solver.rebuilt(registers)
+        registers0 = tuple(registers)
         if solver.has_evaluate:
             # All linearisations of `evaluate` differ only in their residuals.
             assert with_residuals is not None

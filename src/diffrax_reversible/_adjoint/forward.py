@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._compat import is_save_state
 from .._jax_compat import eqxi
 from .._method.base import AbstractReversibleSolver
-from .._method.tree import replace
+from .._method.tree import replace, stop_gradient
 from . import slots as slots_
+from .save import Saved
 from .slots import Keeping, Slots
 from .steps import BLOCK, Format, Steps
 from .vmap import where_active
@@ -30,6 +32,35 @@ class Record(NamedTuple):
     t_last: Array
     # Whether the times of all steps can be had again from `steps`.
     is_consistent: Array
+
+
+class Ends(NamedTuple):
+    """What is kept of the final state."""
+
+    y: PyTree
+    solver_state: PyTree
+    tprev: Array
+    num_steps: Array
+    # The end of the last accepted step.
+    t_last: Array
+    saved: list[Saved]
+    # `(None, None)` if there are no events.
+    event_times: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, final_state, record) -> "Ends":
+        return cls(
+            final_state.y,
+            final_state.solver_state,
+            final_state.tprev,
+            final_state.num_accepted_steps,
+            record.t_last,
+            [
+                Saved(s.saveat_ts_index, s.save_index)
+                for s in jtu.tree_leaves(final_state.save_state, is_leaf=is_save_state)
+            ],
+            (final_state.event_tprev, final_state.event_tnext),
+        )
 
 
 class _Row(NamedTuple):
@@ -167,7 +198,11 @@ class Forward:
             state, row = carry
             is_done = ~unfinished(state)
             new_state = body_fun(state)
-            return new_state, self._append(row, state, new_state, is_done, start)
+            row = self._append(row, state, new_state, is_done, start)
+            if stop is None:
+                # (Where steps are made again it has tangents.)
+                row = row._replace(start=stop_gradient(row.start))
+            return new_state, row
 
         def inner_buffers(carry):
             state, row = carry
@@ -236,6 +271,7 @@ class Forward:
         needs, wants = asks(self.solver, state, new_state.solver_state)
         is_wanted = jnp.asarray(needs) | wants
         entry, is_consistent = self.format.entry(state, row.t_last, is_wanted, needs)
+        entry = stop_gradient(entry)
         if self._checkpoint_every is not None:
             is_wanted = is_wanted | (index % self._checkpoint_every == 0)
         # (The start of the loop is there anyway.)

@@ -27,8 +27,6 @@ class Functions(NamedTuple):
     batch: Batch
 
     def call(self, name: str, *args):
-        if self.batch.is_named:
-            return self.hoisted.call_whole(name, self.batch, *args)
         return self.hoisted.call(name, self.consts, *args)
 
     def vjp(self, name: str, args: tuple, diff_args: tuple):

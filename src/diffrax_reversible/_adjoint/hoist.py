@@ -53,22 +53,6 @@ class Hoisted:
     def call(self, name: str, consts: Sequence[Any], *args: Any) -> Any:
         return self._bind(name, [consts[i] for i in self.uses(name)])(*args)
 
-    def call_whole(self, name: str, batch: Batch, *args: Any) -> Any:
-        """As `call`, for all of a batch at once, so that its axes have their names."""
-        arrays, static = eqx.partition(args, eqx.is_array)
-        static_out = []
-
-        def fn(own, arrays):
-            out = self._bind(name, own)(*eqx.combine(arrays, static))
-            out, static_of_out = eqx.partition(out, eqx.is_array)
-            static_out.append(static_of_out)
-            return out
-
-        indices = self.uses(name)
-        own = [batch.consts[i] for i in indices]
-        out = batch.vmap(fn, indices)(own, batch.whole(arrays))
-        return eqx.combine(batch.own(out), static_out[-1])
-
     def vjp(
         self,
         name: str,

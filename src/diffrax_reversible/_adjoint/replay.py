@@ -4,6 +4,7 @@ couplings.
 There is no step size controller in this, nothing is saved, and no step is rejected.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -38,6 +39,7 @@ def make_again(
     stop: Array,
     pred: Array,
     capacity: Any,
+    located: Callable,
 ) -> tuple[Slots, Array]:
     """Puts the start of the step number `stop` on top of the stack, if `pred`, made
     again from what is on top now. States in between that are wanted are put into the
@@ -71,6 +73,7 @@ def make_again(
             is_active = number < last
             k = number - first
             _, t0, t1, made_jump = block.times(k)
+            t0, t1 = located(number, t0, t1)
             y0, solver_state0 = eqx.combine(state, static)
             solver_state0 = format.read_recorded(
                 block, solver_state0, k, solver_state0, session.every == 1

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -108,6 +109,32 @@ def add(grads: Times, times: Times, t: Array, grad: Array, is_start: Any) -> Tim
     grads_told = _share(grads_told, [is_inside & _at(ts, t) for ts in told], grad)
     n = len(times.controller)
     return grads._replace(controller=grads_told[:n], clipped=grads_told[n:])
+
+
+def locate(times: Times, t: Array, is_start: Any) -> Array:
+    """`t`, where a step starts or ends, whose derivative is that of where it comes
+    from: what `add` is the transpose of. (Of `times.clipped` that is no derivative, as
+    other steps move along with these.)"""
+    return _locate((*times.controller,), times.start, times.end, t, is_start)
+
+
+@jax.custom_jvp
+def _locate(told, start, end, t, is_start):
+    del told, start, end, is_start
+    return t
+
+
+@_locate.defjvp
+def _locate_jvp(primals, tangents):
+    told, start, end, t, is_start = primals
+    t_told, t_start, t_end, *_ = tangents
+    is_end = (t == end) & ~is_start
+    matches = [~is_start & ~is_end & _at(ts, t) for ts in told]
+    count = jnp.maximum(sum(jnp.sum(match) for match in matches), 1)
+    out = jnp.where(is_start, t_start, jnp.where(is_end, t_end, 0))
+    for match, t_ts in zip(matches, t_told, strict=True):
+        out = out + jnp.sum(jnp.where(match, t_ts, 0)) / count.astype(out.dtype)
+    return t, out.astype(t.dtype)
 
 
 class Node(NamedTuple):

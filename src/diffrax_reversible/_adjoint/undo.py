@@ -12,25 +12,12 @@ from jaxtyping import Array, PyTree
 from .._compat import is_save_state
 from .._method.tree import tree_add
 from . import save as save, times as times_
+from .forward import Ends
 from .functions import Functions
 from .hoist import materialise
 from .pullback import AbstractPullback, Rebuilt, Start, Step
 from .steps import Block, Format
 from .vmap import where_active
-
-
-class Ends(NamedTuple):
-    """What is kept of the final state."""
-
-    y: PyTree
-    solver_state: PyTree
-    tprev: Array
-    num_steps: Array
-    # The end of the last accepted step.
-    t_last: Array
-    saved: list[save.Saved]
-    # `(None, None)` if there are no events.
-    event_times: tuple[Any, Any]
 
 
 class Carry(NamedTuple):
@@ -114,8 +101,8 @@ class Undo:
         )
         return carry._replace(pullback=pullback)
 
-    def start(self) -> Carry:
-        """At the end of the solve."""
+    def start(self, y: PyTree, solver_state: PyTree) -> Carry:
+        """At the end of the solve, from that state."""
         ends, grad = self._ends, self._grad_final_state
         no_steps = ends.num_steps == 0
         # (There may be a last step that was rejected.)
@@ -131,18 +118,18 @@ class Undo:
                 ]
             for t, grad_t, is_start in pairs:
                 grad_times = self._add_time(grad_times, t, grad_t, is_start)
-        fns, state = self._fns, ends.solver_state
+        fns = self._fns
         return Carry(
             num_steps=ends.num_steps,
             t1=t1,
             t_after=ends.tprev,
-            y1=ends.y,
-            solver_state=state,
-            pullback=self._pullback.prime(fns, t1, ends.y, state),
+            y1=y,
+            solver_state=solver_state,
+            pullback=self._pullback.prime(fns, t1, y, solver_state),
             saved=ends.saved,
-            grad_y1=materialise(grad.y, eqx.filter(ends.y, eqx.is_inexact_array)),
+            grad_y1=materialise(grad.y, eqx.filter(y, eqx.is_inexact_array)),
             grad_solver_state=materialise(
-                grad.solver_state, eqx.filter(state, eqx.is_inexact_array)
+                grad.solver_state, eqx.filter(solver_state, eqx.is_inexact_array)
             ),
             grad_consts=fns.zero_consts(save.function_names(fns.hoisted)),
             grad_times=grad_times,
@@ -177,7 +164,14 @@ class Undo:
         solver_state = self._format.read_recorded(
             segment.block, carry.solver_state, k, segment.solver_state, segment.is_whole
         )
-        return number, t_prev, Step(t0, carry.t1, carry.y1, solver_state, made_jump)
+        t0, t1 = self.located(number, t0, carry.t1)
+        return number, t_prev, Step(t0, t1, carry.y1, solver_state, made_jump)
+
+    def located(self, number: Array, t0: Array, t1: Array) -> tuple[Array, Array]:
+        """The start and the end of a step, as functions of where they come from: if the
+        way back is differentiated."""
+        t0 = times_.locate(self._times, t0, number == 0)
+        return t0, times_.locate(self._times, t1, jnp.array(False))
 
     def step(self, carry: Carry, segment: Segment, active: Array) -> Carry:
         """Undoes the next step. An element of a batch that is not `active` stays where

@@ -9,22 +9,21 @@ more of the states wanted, and in the end all of them. Then nothing is rebuilt.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
 from . import verify as verify
 from .check import all_finite
 from .coupling_pullback import comparable
-from .forward import Forward, Record
+from .forward import Ends, Forward, Record
 from .functions import Functions
 from .replay import make_again
 from .slots import Slots
 from .steps import BLOCK, Session
-from .undo import Carry, Ends, Segment, Undo
+from .undo import Carry, Segment, Undo
+from .windows import restored, Windows
 
 
 # How many states are wanted if the first attempt failed: one of so many; in the next
@@ -62,17 +61,21 @@ class WayBack:
         record: Record,
         checkpoint_every: int | None,
         rerun: Callable,
+        rebuilds: bool,
     ):
         self._fns = fns
         self._undo = undo
         self._forward = forward
         self._format = forward.format
         self._init_state = init_state
+        self._ends = ends
         self._num_steps = ends.num_steps
         self._is_finite = all_finite(ends.y)
         self._record = record
         self._every = _NEVER if checkpoint_every is None else checkpoint_every
-        self._rerun = rerun
+        self._windows = Windows(forward, init_state, self._num_steps, record, rerun)
+        # Or else every state is wanted, and made again from the start.
+        self._rebuilds = rebuilds
 
     @property
     def _initial(self) -> tuple[PyTree, PyTree]:
@@ -80,10 +83,10 @@ class WayBack:
 
     def walk(self) -> Progress:
         """All the way."""
-        record = self._record
+        record, ends = self._record, self._ends
         zero, every = jnp.array(0), jnp.array(self._every)
         progress = Progress(
-            carry=self._undo.start(),
+            carry=self._undo.start(ends.y, ends.solver_state),
             slots=record.slots,
             since=self._num_steps,
             has_failed=jnp.array(False),
@@ -92,6 +95,8 @@ class WayBack:
             num_repeats=zero,
         )
         session = Session(record.steps, zero, self._init_state.tprev, every)
+        if not self._rebuilds:
+            progress = self._without_kept(progress, session)
 
         def proceeds(loop):
             progress, *_ = loop
@@ -103,6 +108,8 @@ class WayBack:
             return self._walk_session(progress, session)
 
         def restart(progress):
+            if not self._rebuilds:
+                return progress
             return lax.cond(
                 progress.has_failed, lambda: self._again(progress), lambda: progress
             )
@@ -120,24 +127,43 @@ class WayBack:
             progress, session = loop
             # If it begins anew then none of the record can be read any more, unless it
             # is that of all steps.
-            is_lost = progress.has_failed & (self._num_steps > self._most)
+            is_lost = progress.has_failed & ~windows.covers_all
             first = jnp.where(is_lost, self._num_steps, session.first)
-            progress, session = self._next_session(
-                restart(progress), session._replace(first=first)
+            progress, session = restart(progress), session._replace(first=first)
+            carry, slots, session = windows.next_session(
+                progress.carry, progress.slots, session
             )
+            progress = progress._replace(carry=carry, slots=slots)
             return attempt(progress, session), session
 
-        progress, _ = lax.while_loop(
-            proceeds, attempt_session, (progress, self._first_session(session))
-        )
+        windows = self._windows
+        session = windows.first_session(session)
+        if not self._rebuilds:
+            session = session._replace(first=self._num_steps)
+        progress, _ = lax.while_loop(proceeds, attempt_session, (progress, session))
         return progress
+
+    def _without_kept(self, progress: Progress, session: Session) -> Progress:
+        """With every state wanted, and none of those that were kept, nor the end: for
+        these have no tangents."""
+        slots, every = progress.slots, jnp.array(1)
+        slots = slots._replace(count=jnp.zeros_like(slots.count))
+        carry, n = progress.carry, self._num_steps
+        if not self._format.is_window:
+            # (Otherwise that is done for the first session.)
+            session = session._replace(every=every)
+            slots, _, _ = self._make_again(carry, slots, session, n, n > 0)
+            end = slots.top_state(self._windows.kept_initial)
+            slots = slots.pop(n > 0)
+            carry = self._undo.start(*restored(True, end, self._initial))
+        return progress._replace(carry=carry, slots=slots, every=every)
 
     def _again(self, progress: Progress) -> Progress:
         """From the end, all of a batch."""
         is_first = progress.every > _DENSE
         every = jnp.where(is_first, jnp.minimum(progress.every, _DENSE), 1)
         return Progress(
-            carry=self._undo.start(),
+            carry=self._undo.start(self._ends.y, self._ends.solver_state),
             slots=progress.slots._replace(count=jnp.zeros_like(progress.slots.count)),
             since=self._num_steps,
             has_failed=jnp.zeros_like(progress.has_failed),
@@ -145,94 +171,6 @@ class WayBack:
             num_again=progress.num_again,
             num_repeats=progress.num_repeats + 1,
         )
-
-    #
-    # Sessions
-    #
-
-    @property
-    def _most(self) -> int:
-        """How many steps there can be in a session, if not all are recorded. (In the
-        place of the oldest row is the last, which may not be full.)"""
-        return self._format.length - BLOCK
-
-    def _first_session(self, session: Session) -> Session:
-        """What can be read of the record that was made on the way forward. It begins at
-        a state that is kept; if there is none, with the last step."""
-        n, slots = self._num_steps, self._record.slots
-        least = jnp.maximum(n - self._most, 0)
-        is_used = (
-            jnp.zeros(slots.size, bool)
-            .at[slots.order]
-            .set(jnp.arange(slots.size) < slots.count)
-        )
-        numbers = jnp.where(is_used & (slots.numbers >= least), slots.numbers, n)
-        first = jnp.where(least == 0, 0, jnp.min(numbers))
-        t_first = self._format.end(session.steps, jnp.maximum(first - 1, 0))
-        t_first = jnp.where(first == 0, session.t_first, t_first)
-        return session._replace(first=first, t_first=t_first)
-
-    def _next_session(
-        self, progress: Progress, session: Session
-    ) -> tuple[Progress, Session]:
-        """If there are no more steps to be undone in this session, makes those before
-        again, from the last state that is kept, by the host's loop. (They may differ,
-        by what the solution makes of rounding. But so may all steps that any adjoint
-        makes again.)"""
-        carry = progress.carry
-        n, is_done = carry.num_steps, carry.num_steps == 0
-        needs = ~is_done & (n <= session.first)
-
-        def proceeds(loop):
-            _, session, _ = loop
-            return eqxi.unvmap_any(needs & (session.first >= n))
-
-        def run(loop):
-            slots, session, carry = loop
-            start = slots.top()
-            # What is at hand, and where a session begins, have slots of their own.
-            least = n - self._most
-            is_last = start >= least
-            stop = jnp.where(is_last, n, least)
-            # (An element that need not, makes no step.)
-            stop = jnp.where(needs, stop, start)
-            kept = slots.top_state(self._kept_initial)
-            _, (_, t_first) = kept
-            used = slots.count + jnp.where(is_last, 0, 1)
-            free = jnp.maximum(self._forward.num_slots + 1 - used, 0)
-            capacity = slots.count + jnp.where(is_last, free, free // 2)
-            capacity = jnp.minimum(capacity, slots.size - 1)
-            end, record = self._rerun(start, kept, slots, capacity, stop)
-            slots = record.slots.push(stop, end, needs & ~is_last)
-            new = Session(record.steps, start, t_first, session.every)
-            takes = needs & is_last
-            session = jtu.tree_map(lambda a, b: jnp.where(takes, a, b), new, session)
-            # To be undone from its own end.
-            y1, solver_state = self._restored(
-                takes, end, (carry.y1, carry.solver_state)
-            )
-            t1 = jnp.where(takes, record.t_last, carry.t1)
-            carry = carry._replace(t1=t1, y1=y1, solver_state=solver_state)
-            return slots, session, carry
-
-        loop = (progress.slots, session, carry)
-        slots, session, carry = lax.while_loop(proceeds, run, loop)
-        return progress._replace(slots=slots, carry=carry), session
-
-    def _restored(self, pred, kept: PyTree, state: PyTree) -> PyTree:
-        """`(y, solver_state)`, or if `pred` that which was kept."""
-        arrays, _ = kept
-        old, static = eqx.partition(state, eqx.is_array)
-        new = jtu.tree_map(lambda a, b: jnp.where(pred, a, b), arrays, old)
-        return eqx.combine(new, static)
-
-    @property
-    def _kept_initial(self) -> PyTree:
-        return self._forward.kept(self._init_state, self._init_state.tprev)
-
-    #
-    # Steps
-    #
 
     def _walk_session(self, progress: Progress, session: Session) -> Progress:
         """Back to the first step of a session, unless something is found to differ."""
@@ -268,8 +206,8 @@ class WayBack:
 
         target = slots.top()
         has_target = target >= first
-        kept = slots.top_state(self._kept_initial)
-        y, solver_state = self._restored(True, kept, self._initial)
+        kept = slots.top_state(self._windows.kept_initial)
+        y, solver_state = restored(True, kept, self._initial)
         segment = Segment(
             block,
             last,
@@ -296,14 +234,14 @@ class WayBack:
         # Of a segment of one step, nothing has been rebuilt.
         is_rebuilt = (progress.since - target > 1) & ~block.is_needed[last - target]
         checks = arrives & is_rebuilt
-        differs = lax.cond(
-            eqxi.unvmap_any(checks),
-            lambda: self._differs(carry, segment, progress.since, checks),
-            lambda: jnp.zeros_like(progress.has_failed),
-        )
-        y1, solver_state1 = self._restored(
-            arrives, kept, (carry.y1, carry.solver_state)
-        )
+        differs = jnp.zeros_like(progress.has_failed)
+        if self._rebuilds:
+            differs = lax.cond(
+                eqxi.unvmap_any(checks),
+                lambda: self._differs(carry, segment, progress.since, checks),
+                lambda: differs,
+            )
+        y1, solver_state1 = restored(arrives, kept, (carry.y1, carry.solver_state))
         return Progress(
             carry=carry._replace(y1=y1, solver_state=solver_state1),
             slots=slots.pop(arrives & (slots.count > 0)),
@@ -330,11 +268,12 @@ class WayBack:
             self._fns,
             session,
             slots,
-            self._kept_initial,
+            self._windows.kept_initial,
             self._initial,
             wanted,
             is_stuck,
             self._forward.num_slots + in_session,
+            self._undo.located,
         )
         return slots, num_made, self._undo.prime(carry)
 

@@ -4,7 +4,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
@@ -55,26 +54,6 @@ def _times(scale: Any, x: Any):
 
 def _over(scale: Any, x: Any):
     return x / (scale.astype(x.dtype) if eqx.is_array(scale) else scale)
-
-
-@jax.custom_jvp
-def not_twice(tree: PyTree) -> PyTree:
-    """The identity, that raises an error if it is differentiated."""
-    return tree
-
-
-@not_twice.defjvp
-def _not_twice_jvp(primals, tangents):
-    # What counts as a constant on the way forward is rebuilt from what does not, with a
-    # tangent that would be wrong.
-    del primals, tangents
-    raise NotImplementedError(
-        "The backward pass of `adjoint=ReversibleAdjoint()` cannot be differentiated "
-        "if the solver counts a part of its state as a constant, as "
-        '`UReversible(..., coupling_parameter="auto")` does. For second derivatives '
-        "use a number for the coupling parameter, as in `UReversible(base, 0.999)`, or "
-        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-    )
 
 
 def _is_one(scale: RealScalarLike) -> bool:
@@ -431,14 +410,6 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
             stop_gradient(x) if i in constants else x for i, x in enumerate(registers)
         ]
 
-    def rebuilt(self, registers: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """Those at the start of a step, when it has been undone."""
-        out = tuple(registers)
-        if len(self.constants) == 0:
-            return out
-        dynamic, static = eqx.partition(out, eqx.is_inexact_array)
-        return eqx.combine(not_twice(dynamic), static)
-
     def _permute(self, registers):
         if self.permutation is None:
             return tuple(registers)
@@ -526,7 +497,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
             )
             coupling.undo(registers, coupling.scale_at(fixed), shift)
             infos.append(info_k)
-        registers0 = self.rebuilt(registers)
+        registers0 = tuple(registers)
         _, dense_info = self.finish(registers0, registers1, tuple(reversed(infos)))
         y0, solver_state0 = self.merge(Registers(registers0, value, fixed, memo))
         return y0, dense_info, solver_state0

@@ -1,0 +1,164 @@
+"""The gradient of a solve, by walking back through it."""
+
+import functools as ft
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._compat import is_save_state
+from .._method.tree import replace
+from .batch import Batch, Level, make_batch
+from .check import check
+from .functions import Functions
+from .linear import Marked
+from .problem import Derivative, Inputs, Problem, put
+from .undo import Undo
+from .way_back import WayBack
+
+
+def walk_back(
+    problem: Problem,
+    given: Sequence[int],
+    wanted: Sequence[int],
+    grads: Sequence[Array],
+    arrays: Sequence[Array],
+    marked: Sequence[Marked],
+    rebuilds: bool = True,
+) -> list[Array]:
+    """The gradients of the `wanted` arrays of the inputs, from those of the `given`
+    ones of the final state."""
+    derivative = problem.derivative
+    hoisted, forward = derivative.hoisted, derivative.forward
+    inputs, ends, record, _ = problem.unflatten(arrays)
+    init_state, times, consts, _ = inputs
+    all_wanted = set(wanted)
+    numbers = problem.numbers.inputs
+    is_wanted: Inputs = jtu.tree_map(lambda i: i in all_wanted, numbers)
+
+    leaves, treedef = jtu.tree_flatten(eqx.filter(init_state, eqx.is_inexact_array))
+    grad_leaves = put([None] * len(leaves), given, grads)
+    grad_final_state = jtu.tree_unflatten(treedef, grad_leaves)
+
+    # (What else the steps depend on chooses where they are made, which is a constant.)
+    differentiated = frozenset(
+        i for i in range(derivative.num_local) if is_wanted.consts[i] is True
+    )
+    times_wanted = jtu.tree_map(
+        lambda p: p is True, is_wanted.times, is_leaf=lambda p: p is None
+    )
+    batch = _batch(derivative, problem, consts, marked)
+    fns = Functions(hoisted, consts, differentiated, times_wanted.any_of_steps, batch)
+    pullback = derivative.pullback.choose(fns, is_wanted.init_state.solver_state)
+    if derivative.sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
+        fns = fns._replace(batch=Batch((), consts))
+    undo = Undo(
+        fns=fns,
+        pullback=pullback,
+        format=forward.format,
+        ends=ends,
+        grad_final_state=grad_final_state,
+        times=times,
+        wanted=times_wanted,
+        steps=derivative.steps,
+    )
+    way_back = WayBack(
+        fns=fns,
+        undo=undo,
+        forward=forward,
+        init_state=init_state,
+        ends=ends,
+        record=record,
+        checkpoint_every=derivative.checkpoint_every,
+        rerun=ft.partial(hoisted.call, "rerun", consts, times),
+        rebuilds=rebuilds,
+    )
+    carry = way_back.walk().carry
+    grads_out = (carry.grad_y1, carry.grad_solver_state)
+    grads_out = (*grads_out, fns.sum_consts(carry.grad_consts), carry.grad_times)
+    grads_out = check(
+        grads_out,
+        grad_final_state,
+        record.is_consistent,
+        undo.event_is_lost(),
+        derivative.throw,
+    )
+    grad_y0, grad_solver_state0, grad_consts, grad_times = grads_out
+
+    grad_init_state = jtu.tree_map(
+        lambda _: None, eqx.filter(init_state, eqx.is_inexact_array)
+    )
+    grad_init_state = replace(
+        grad_init_state,
+        y=grad_y0,
+        solver_state=grad_solver_state0,
+        # What was saved during the loop went into places that were empty before it, so
+        # there is no need to put zeros there.
+        dense_ts=grad_final_state.dense_ts,
+        save_state=jtu.tree_map(
+            lambda s, g: replace(s, ts=g.ts, ys=g.ys),
+            grad_init_state.save_state,
+            grad_final_state.save_state,
+            is_leaf=is_save_state,
+        ),
+    )
+    found = Inputs(
+        grad_init_state,
+        grad_times,
+        tuple(grad_consts.get(i) for i in range(len(consts))),
+        jtu.tree_map(lambda _: None, numbers.unknown),
+    )
+    by_number: dict[int, Array] = {}
+    jtu.tree_map(
+        lambda i, g: None if i is None or g is None else by_number.update({i: g}),
+        numbers,
+        found,
+        is_leaf=lambda i: i is None,
+    )
+    return [by_number.get(i, jnp.zeros_like(arrays[i])) for i in wanted]
+
+
+def _batch(
+    derivative: Derivative,
+    problem: Problem,
+    consts: Sequence[Any],
+    marked: Sequence[Marked],
+) -> Batch:
+    """Those levels over which gradients may be summed step by step."""
+    if derivative.sum_over_batch is False:
+        return Batch((), tuple(consts))
+    inputs = problem.numbers.inputs
+    levels = []
+    for level, mark in marked:
+        # (Over devices: these would exchange their sums in every step.)
+        if level.spmd_name is not None:
+            continue
+        dims = level.dims[len(level.dims) - problem.size :]
+        is_batched = tuple(i is not None and dims[i] is not None for i in inputs.consts)
+        differ = problem.steps_differ(level.dims)
+        levels.append(Level(mark, level.size, level.name, is_batched, differ))
+    return make_batch(levels, consts)
+
+
+# What fits into a cache is faster to be summed at the end, by a tenth. And a sum over a
+# batch makes XLA compute what it is made of once more, unless these are products of
+# matrices or convolutions: then there are more parameters than in pointwise functions.
+_MANY_BYTES = 2**24
+_MANY_PARAMETERS = 4
+
+
+def _is_worth_a_sum(fns: Functions, y: PyTree) -> bool:
+    if jax.device_count() > 1:
+        # The batch may be split over them, which cannot be known here.
+        return False
+    num_parameters = num_bytes = 0
+    for i in fns.differentiated:
+        const = fns.consts[i]
+        num_parameters += const.size
+        num_bytes += fns.batch.num_shared_by(i) * const.size * const.dtype.itemsize
+    size = sum(map(jnp.size, jtu.tree_leaves(y)))
+    return num_bytes > _MANY_BYTES and num_parameters > _MANY_PARAMETERS * size
