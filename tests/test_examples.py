@@ -56,6 +56,18 @@ def test_hare_lynx(run_quick, capsys):
     assert "alpha" in capsys.readouterr().out
 
 
+def test_least_squares(run_quick, monkeypatch, capsys):
+    # (It takes the data from `hare_lynx.py`.)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    params, errors, gauss_newton, hessian = run_quick("least_squares.py")
+    rates = jnp.exp(params[:4])
+    assert jnp.allclose(rates, jnp.array([0.54, 0.027, 0.024, 0.8]), rtol=0.05)
+    assert jnp.all((errors > 0.05) & (errors < 0.2))
+    assert jnp.max(jnp.abs(hessian - hessian.T)) < 1e-6 * jnp.max(jnp.abs(hessian))
+    assert jnp.max(jnp.abs(hessian / gauss_newton - 1)) < 2
+    assert "birth of hares" in capsys.readouterr().out
+
+
 def test_digits_neural_ode(run_quick):
     results = run_quick("digits_neural_ode.py")
     # By chance it is 0.1.
