@@ -415,6 +415,30 @@ def test_modes_of_other_solvers(solver, mode):
 #
 
 
+@pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd])
+def test_ordered_effects(mode, capfd):
+    def loss(y0):
+        def vector_field(t, y, args):
+            jax.debug.print("at {}", t, ordered=True)
+            return -y
+
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            RK,
+            0.0,
+            1.0,
+            0.5,
+            y0,
+            adjoint=ADJOINT,
+            max_steps=2,
+        )
+        return jnp.sum(sol.ys)
+
+    gradient = jax.block_until_ready(jax.jit(mode(loss))(Y0))
+    assert jnp.allclose(gradient, 0.625**2)
+    assert capfd.readouterr().out.count("at ") >= 8
+
+
 @pytest.mark.parametrize(
     "make,batched",
     [(diffrax.TextProgressMeter, True), (diffrax.TqdmProgressMeter, False)],

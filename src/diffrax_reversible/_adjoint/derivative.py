@@ -84,7 +84,15 @@ def _subset(xs: Sequence[int], which: Sequence[int]) -> tuple[int, ...]:
     return tuple(xs[i] for i in which)
 
 
-class _Tangent(AbstractLinear):
+class _OfSolve(AbstractLinear):
+    problem: Problem
+
+    @property
+    def effects(self):
+        return self.problem.derivative.hoisted.effects
+
+
+class _Tangent(_OfSolve):
     def __init__(self, problem: Problem, given, wanted):
         self.problem = problem
         # Which arrays of the final state, and which of the inputs.
@@ -123,7 +131,7 @@ class _Tangent(AbstractLinear):
         return apply(fn, list(own.values()), [*linear, *others])
 
 
-class _Gradient(AbstractLinear):
+class _Gradient(_OfSolve):
     def __init__(self, problem: Problem, given, wanted):
         self.problem = problem
         self.given = given
@@ -156,7 +164,7 @@ def _of_inputs(problem: Problem, tangents: dict[int, Array]) -> dict[int, Array]
     return {i: t for i, t in tangents.items() if i in numbers}
 
 
-class _Second(AbstractLinear):
+class _Second(_OfSolve):
     def __init__(self, problem: Problem, given, wanted, varied):
         self.problem = problem
         self.given = given

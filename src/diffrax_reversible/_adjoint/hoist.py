@@ -41,6 +41,15 @@ class Hoisted:
     def names(self) -> list[str]:
         return list(self._functions)
 
+    @property
+    def effects(self) -> set[Any]:
+        """Those that JAX is to keep in their order, as of `jax.debug.print`."""
+        out: set[Any] = set()
+        for static, _, _ in self._functions.values():
+            # (Of a function that closes over nothing, it is not known.)
+            out |= getattr(getattr(static, "jaxpr", None), "effects", set())
+        return out
+
     def uses(self, name: str) -> tuple[int, ...]:
         """Which of the constants a function uses."""
         _, _, indices = self._functions[name]

@@ -41,6 +41,11 @@ class Level(NamedTuple):
 class AbstractLinear(abc.ABC):
     """A function of two lists of arrays, linear in the first."""
 
+    @property
+    def effects(self) -> set[Any]:
+        """Those of JAX, as of `jax.debug.print`."""
+        return set()
+
     @abc.abstractmethod
     def __call__(
         self, linear: list[Array], others: list[Array], batch: Sequence["Marked"]
@@ -247,7 +252,9 @@ def _transpose(cts, *arrays, fn, levels, num):
 
 
 _linear_p.def_impl(_impl)
-_linear_p.def_abstract_eval(_abstract_eval)
+_linear_p.def_effectful_abstract_eval(
+    lambda *arrays, fn, **kwargs: (_abstract_eval(*arrays, fn=fn, **kwargs), fn.effects)
+)
 mlir.register_lowering(_linear_p, mlir.lower_fun(_impl, multiple_results=True))
 batching.fancy_primitive_batchers[_linear_p] = _batch
 ad.primitive_jvps[_linear_p] = _jvp
