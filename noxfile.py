@@ -41,7 +41,7 @@ def _pytest(session: nox.Session, *args: str, fast: bool = True) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests, with the newest of everything: 13 minutes on two idle cores."""
+    """The tests, with the newest of everything: 15 to 30 minutes on two cores."""
     session.install("-e", ".[tests,examples]")
     _pytest(session)
 

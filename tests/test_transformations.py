@@ -397,6 +397,7 @@ def _in_mode(is_ours, solver, mode, around, within):
         ("jvp of grad", "vmap", "checkpoint"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_modes(mode, around, within):
     # (Of a solver whose second copy counts as a constant, and what is rebuilt from it.)
     ours, expected = (_in_mode(x, RK, mode, around, within) for x in (True, False))
