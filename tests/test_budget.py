@@ -331,6 +331,22 @@ def test_max_steps_costs_nothing():
     assert memory(None) < 4 * 10 * plan._WINDOW
 
 
+def test_memory_of_forward_mode():
+    # That of a solve, which has a record too.
+    def solve(y0):
+        adjoint = dfxr.ReversibleAdjoint()
+        term = diffrax.ODETerm(lambda t, y, args: jnp.sin(y))
+        return diffrax.diffeqsolve(
+            term, U, 0.0, 1.0, 1 / 4096, y0, adjoint=adjoint, max_steps=4096
+        ).ys
+
+    size = [
+        jax.jit(fn).lower(jnp.ones(1000)).compile().memory_analysis().temp_size_in_bytes
+        for fn in (solve, lambda y0: jax.jvp(solve, (y0,), (y0,)))
+    ]
+    assert size[1] < 2 * size[0]
+
+
 def test_number_of_slots():
     assert [plan._num_slots(n) for n in (None, 10, 64, 1000, 4096)] == [
         16,

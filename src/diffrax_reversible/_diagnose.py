@@ -13,7 +13,7 @@ from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import distance
 from ._adjoint.plan import make_forward
 from ._adjoint.rule import inner_loop, with_arrays
-from ._adjoint.steps import Session
+from ._adjoint.steps import Window
 from ._compat import host_loop
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
@@ -200,14 +200,7 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
             init_state = with_arrays(init_state)
 
             final_state, record = forward.run(
-                cond_fun,
-                body_fun,
-                init_state,
-                forward.empty_slots(init_state),
-                init_state.tprev,
-                max_steps=max_steps,
-                buffers=buffers,
-                capacity=max_steps,
+                cond_fun, body_fun, init_state, max_steps=max_steps, buffers=buffers
             )
             records.append((init_state, final_state, record))
             return final_state
@@ -235,7 +228,7 @@ def _walk_back(
     forward, record, solver, terms, args, init_state, final_state, max_steps
 ):
     zero = jnp.array(0)
-    session = Session(record.steps, zero, init_state.tprev, jnp.array(1))
+    window = Window(record.steps, zero, init_state.tprev, jnp.array(1))
     static = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array, True)
 
     def cond_fun(carry):
@@ -245,7 +238,7 @@ def _walk_back(
     def body_fun(carry):
         num_steps, rebuilt, after, slots, out = carry
         index = num_steps - 1
-        block = forward.format.read(session, index[None])
+        block = forward.format.read(window, index[None])
         _, t0, t1, made_jump = block.times(jnp.array(0))
         y1, state1 = rebuilt
         state1 = forward.format.read_recorded(

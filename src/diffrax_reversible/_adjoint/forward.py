@@ -158,17 +158,21 @@ class Forward:
         cond_fun: Callable,
         body_fun: Callable,
         init_state,
-        slots: Slots,
-        t_last: Array,
         *,
         max_steps: int | None,
         buffers: Callable,
-        capacity: Any,
+        slots: Slots | None = None,
+        t_last: Array | None = None,
+        capacity: Any = None,
         stop: Array | None = None,
     ):
-        """The host's loop, at most until `stop` accepted steps have been made. Puts
-        states on top of those that are in `slots`. Returns the host's final state, and
-        the record."""
+        """The host's loop, from its start. Or from elsewhere, where the step before
+        ended at `t_last`, until `stop` accepted steps have been made; it then puts
+        states on top of those that are in `slots`, of which it uses `capacity`. Returns
+        the host's final state, and the record."""
+        if slots is None:
+            slots, capacity = self.empty_slots(init_state), self.num_slots
+        t_before: Array = init_state.tprev if t_last is None else t_last
 
         def unfinished(state):
             out = cond_fun(state)
@@ -237,12 +241,12 @@ class Forward:
             steps=self.format.empty_row(init_state),
             is_full=no,
             num_copied=start,
-            t_last=t_last,
+            t_last=t_before,
             is_consistent=jnp.array(True),
             is_wanted=no,
             is_candidate=no,
             index=zero,
-            start=self.kept(init_state, t_last),
+            start=self.kept(init_state, t_before),
         )
         state, row, steps, keeping, num_wanted = eqxi.while_loop(
             lambda carry: unfinished(carry[0]),

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from .._jax_compat import eqxi
 from .functions import Functions
 from .slots import Slots
-from .steps import BLOCK, Format, Session
+from .steps import BLOCK, Format, Window
 from .vmap import where_active
 
 
@@ -32,7 +32,7 @@ class _Carry(NamedTuple):
 def make_again(
     format: Format,
     fns: Functions,
-    session: Session,
+    window: Window,
     slots: Slots,
     kept_initial: PyTree,
     initial: tuple[PyTree, PyTree],
@@ -40,13 +40,13 @@ def make_again(
     pred: Array,
     capacity: Any,
     located: Callable,
-) -> tuple[Slots, Array]:
+) -> Slots:
     """Puts the start of the step number `stop` on top of the stack, if `pred`, made
     again from what is on top now. States in between that are wanted are put into the
-    slots that are free, up to `capacity`, evenly. Returns how many steps were made."""
+    slots that are free, up to `capacity`, evenly."""
     start = slots.top()
     stop = jnp.where(pred, stop, start)
-    num_wanted = format.count_wanted(session, start, stop) + 1
+    num_wanted = format.count_wanted(window, start, stop) + 1
     free = jnp.maximum(capacity - slots.count, 0)
     stride = -(-num_wanted // (free + 1))
 
@@ -58,7 +58,7 @@ def make_again(
         first = carry.number
         # An element of a batch that is there reads the last step again.
         numbers = first + jnp.arange(BLOCK)
-        block = format.read(session, jnp.minimum(numbers, jnp.maximum(stop - 1, first)))
+        block = format.read(window, jnp.minimum(numbers, jnp.maximum(stop - 1, first)))
         last = jnp.minimum(stop, first + BLOCK)
         # To the next that is wanted.
         is_next = block.is_wanted & (numbers > first) & (numbers < last)
@@ -76,7 +76,7 @@ def make_again(
             t0, t1 = located(number, t0, t1)
             y0, solver_state0 = eqx.combine(state, static)
             solver_state0 = format.read_recorded(
-                block, solver_state0, k, solver_state0, session.every == 1
+                block, solver_state0, k, solver_state0, window.every == 1
             )
             y1, solver_state1, _ = fns.call(
                 "step", made_jump, t0, t1, y0, solver_state0
@@ -101,4 +101,4 @@ def make_again(
         advance,
         _Carry(start, top, jnp.zeros_like(start), slots),
     )
-    return carry.slots, stop - start
+    return carry.slots

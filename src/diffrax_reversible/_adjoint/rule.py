@@ -85,16 +85,9 @@ def outer_while_loop(
     times = times_.Times(init_state.tprev, t1, tuple(sub.ts for sub in subs), *told)
 
     def run(init_state, times):
-        slots = forward.empty_slots(init_state)
+        body = _located(times, body_fun)
         final_state, record = forward.run(
-            cond_fun,
-            _located(times, body_fun),
-            init_state,
-            slots,
-            init_state.tprev,
-            max_steps=max_steps,
-            buffers=buffers,
-            capacity=forward.num_slots,
+            cond_fun, body, init_state, max_steps=max_steps, buffers=buffers
         )
         return _located_at_end(times, final_state), record
 
@@ -124,10 +117,10 @@ def outer_while_loop(
                 bare_cond,
                 _located(times, bare_body),
                 state,
-                slots,
-                t_last,
                 max_steps=None,
                 buffers=bare_buffers,
+                slots=slots,
+                t_last=t_last,
                 capacity=capacity,
                 stop=stop,
             )

@@ -45,7 +45,7 @@ class Steps(NamedTuple):
     recorded: list[Any]
 
 
-class Session(NamedTuple):
+class Window(NamedTuple):
     """Those steps that can be read from a record."""
 
     steps: Steps
@@ -156,13 +156,13 @@ class Format:
         place = index % self.length if self.is_window else index
         return rows.reshape(-1, *rows.shape[2:])[place]
 
-    def read(self, session: Session, numbers: Array) -> Block:
-        """Steps with these numbers, none before `session.first`."""
-        steps = session.steps
+    def read(self, window: Window, numbers: Array) -> Block:
+        """Steps with these numbers, none before `window.first`."""
+        steps = window.steps
         before = self._read(steps.times, jnp.maximum(numbers - 1, 0))
-        t_prev = jnp.where(numbers > session.first, before, session.t_first)
+        t_prev = jnp.where(numbers > window.first, before, window.t_first)
         t0, made_jump = t_prev, False
-        is_wanted = numbers % session.every == 0
+        is_wanted = numbers % window.every == 0
         is_needed = jnp.zeros_like(is_wanted)
         if self._has_flags:
             flags = self._read(steps.flags, numbers)
@@ -184,16 +184,16 @@ class Format:
             recorded=[self._read(x, numbers) for x in steps.recorded],
         )
 
-    def count_wanted(self, session: Session, start: Array, stop: Array) -> Array:
+    def count_wanted(self, window: Window, start: Array, stop: Array) -> Array:
         """How many of the steps after `start` and before `stop` are wanted."""
 
         # (Row by row, or there would be an array as long as the record.)
         def add_row(carry):
             first, count = carry
             numbers = first + jnp.arange(BLOCK)
-            is_wanted = numbers % session.every == 0
+            is_wanted = numbers % window.every == 0
             if self._has_flags:
-                flags = self._read(session.steps.flags, numbers)
+                flags = self._read(window.steps.flags, numbers)
                 is_wanted = is_wanted | _is_wanted(flags)
             is_between = (numbers > start) & (numbers < stop)
             new = jnp.sum(is_wanted & is_between).astype(count.dtype)

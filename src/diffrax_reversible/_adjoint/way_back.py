@@ -21,7 +21,7 @@ from .forward import Ends, Forward, Record
 from .functions import Functions
 from .replay import make_again
 from .slots import Slots
-from .steps import BLOCK, Session
+from .steps import BLOCK, Window
 from .undo import Carry, Segment, Undo
 from .windows import restored, Windows
 
@@ -44,9 +44,6 @@ class Progress(NamedTuple):
     has_failed: Array
     # Of how many steps one is wanted besides those that the solver wants.
     every: Array
-    # How many steps were made again, and how often the whole was begun anew.
-    num_again: Array
-    num_repeats: Array
 
 
 class WayBack:
@@ -91,21 +88,19 @@ class WayBack:
             since=self._num_steps,
             has_failed=jnp.array(False),
             every=every,
-            num_again=zero,
-            num_repeats=zero,
         )
-        session = Session(record.steps, zero, self._init_state.tprev, every)
+        window = Window(record.steps, zero, self._init_state.tprev, every)
         if not self._rebuilds:
-            progress = self._without_kept(progress, session)
+            progress = self._without_kept(progress, window)
 
         def proceeds(loop):
             progress, *_ = loop
             is_inside = eqxi.unvmap_any(progress.carry.num_steps > 0)
             return is_inside | progress.has_failed
 
-        def attempt(progress, session):
-            session = session._replace(every=progress.every)
-            return self._walk_session(progress, session)
+        def attempt(progress, window):
+            window = window._replace(every=progress.every)
+            return self._walk_window(progress, window)
 
         def restart(progress):
             if not self._rebuilds:
@@ -118,41 +113,41 @@ class WayBack:
             # (Then the record is not carried, which would copy it.)
             (progress,) = lax.while_loop(
                 proceeds,
-                lambda loop: (attempt(restart(loop[0]), session),),
+                lambda loop: (attempt(restart(loop[0]), window),),
                 (progress,),
             )
             return progress
 
-        def attempt_session(loop):
-            progress, session = loop
+        def attempt_window(loop):
+            progress, window = loop
             # If it begins anew then none of the record can be read any more, unless it
             # is that of all steps.
             is_lost = progress.has_failed & ~windows.covers_all
-            first = jnp.where(is_lost, self._num_steps, session.first)
-            progress, session = restart(progress), session._replace(first=first)
-            carry, slots, session = windows.next_session(
-                progress.carry, progress.slots, session
+            first = jnp.where(is_lost, self._num_steps, window.first)
+            progress, window = restart(progress), window._replace(first=first)
+            carry, slots, window = windows.next_window(
+                progress.carry, progress.slots, window
             )
             progress = progress._replace(carry=carry, slots=slots)
-            return attempt(progress, session), session
+            return attempt(progress, window), window
 
         windows = self._windows
-        session = windows.first_session(session)
+        window = windows.first_window(window)
         if not self._rebuilds:
-            session = session._replace(first=self._num_steps)
-        progress, _ = lax.while_loop(proceeds, attempt_session, (progress, session))
+            window = window._replace(first=self._num_steps)
+        progress, _ = lax.while_loop(proceeds, attempt_window, (progress, window))
         return progress
 
-    def _without_kept(self, progress: Progress, session: Session) -> Progress:
+    def _without_kept(self, progress: Progress, window: Window) -> Progress:
         """With every state wanted, and none of those that were kept, nor the end: for
         these have no tangents."""
         slots, every = progress.slots, jnp.array(1)
         slots = slots._replace(count=jnp.zeros_like(slots.count))
         carry, n = progress.carry, self._num_steps
         if not self._format.is_window:
-            # (Otherwise that is done for the first session.)
-            session = session._replace(every=every)
-            slots, _, _ = self._make_again(carry, slots, session, n, n > 0)
+            # (Otherwise that is done for the first window.)
+            window = window._replace(every=every)
+            slots, _ = self._make_again(carry, slots, window, n, n > 0)
             end = slots.top_state(self._windows.kept_initial)
             slots = slots.pop(n > 0)
             carry = self._undo.start(*restored(True, end, self._initial))
@@ -168,39 +163,37 @@ class WayBack:
             since=self._num_steps,
             has_failed=jnp.zeros_like(progress.has_failed),
             every=every,
-            num_again=progress.num_again,
-            num_repeats=progress.num_repeats + 1,
         )
 
-    def _walk_session(self, progress: Progress, session: Session) -> Progress:
-        """Back to the first step of a session, unless something is found to differ."""
-        first = session.first
+    def _walk_window(self, progress: Progress, window: Window) -> Progress:
+        """Back to the first step of a window, unless something is found to differ."""
+        first = window.first
 
         def proceeds(progress):
             is_inside = progress.carry.num_steps > first
             return eqxi.unvmap_any(is_inside) & ~progress.has_failed
 
         return lax.while_loop(
-            proceeds, lambda progress: self._walk_block(progress, session), progress
+            proceeds, lambda progress: self._walk_block(progress, window), progress
         )
 
-    def _walk_block(self, progress: Progress, session: Session) -> Progress:
+    def _walk_block(self, progress: Progress, window: Window) -> Progress:
         """Some of the steps: to the next state that is kept, or wanted, at most."""
         carry, slots = progress.carry, progress.slots
-        is_inside = carry.num_steps > session.first
-        last = jnp.maximum(carry.num_steps - 1, session.first)
-        numbers = jnp.maximum(last - jnp.arange(BLOCK), session.first)
-        block = self._format.read(session, numbers)
-        first = jnp.maximum(session.first, last + 1 - BLOCK)
+        is_inside = carry.num_steps > window.first
+        last = jnp.maximum(carry.num_steps - 1, window.first)
+        numbers = jnp.maximum(last - jnp.arange(BLOCK), window.first)
+        block = self._format.read(window, numbers)
+        first = jnp.maximum(window.first, last + 1 - BLOCK)
         wanted = jnp.max(jnp.where(block.is_wanted & is_inside, numbers, -1))
 
         # An element of a batch waits for those that can go on without.
         is_stuck = wanted > slots.top()
         makes = eqxi.unvmap_any(is_stuck) & ~eqxi.unvmap_any(is_inside & ~is_stuck)
-        slots, num_made, carry = lax.cond(
+        slots, carry = lax.cond(
             makes,
-            lambda: self._make_again(carry, slots, session, wanted, is_stuck),
-            lambda: (slots, jnp.zeros_like(progress.num_again), carry),
+            lambda: self._make_again(carry, slots, window, wanted, is_stuck),
+            lambda: (slots, carry),
         )
         is_waiting = is_stuck & ~makes
 
@@ -214,7 +207,7 @@ class WayBack:
             jnp.where(has_target, target, -1),
             y,
             solver_state,
-            session.every == 1,
+            window.every == 1,
         )
         limit = jnp.where(has_target, target, first)
         limit = jnp.where(is_waiting | ~is_inside, carry.num_steps, limit)
@@ -249,33 +242,31 @@ class WayBack:
             # (Together, so that what a batch shares stays shared.)
             has_failed=progress.has_failed | eqxi.unvmap_any(checks & differs),
             every=progress.every,
-            num_again=progress.num_again + num_made,
-            num_repeats=progress.num_repeats,
         )
 
     def _make_again(
         self,
         carry: Carry,
         slots: Slots,
-        session: Session,
+        window: Window,
         wanted: Array,
         is_stuck: Array,
-    ) -> tuple[Slots, Array, Carry]:
-        # What is at hand has a slot of its own, as has where a session begins.
-        in_session = jnp.where(session.first > 0, 1, 0)
-        slots, num_made = make_again(
+    ) -> tuple[Slots, Carry]:
+        # What is at hand has a slot of its own, as has where a window begins.
+        in_window = jnp.where(window.first > 0, 1, 0)
+        slots = make_again(
             self._format,
             self._fns,
-            session,
+            window,
             slots,
             self._windows.kept_initial,
             self._initial,
             wanted,
             is_stuck,
-            self._forward.num_slots + in_session,
+            self._forward.num_slots + in_window,
             self._undo.located,
         )
-        return slots, num_made, self._undo.prime(carry)
+        return slots, self._undo.prime(carry)
 
     def _differs(
         self, carry: Carry, segment: Segment, since: Array, checks: Array

@@ -1,6 +1,6 @@
 """Records of a part of the steps, where there are more than can be recorded.
 
-A session is what can be read of a record. If it is over, then the steps before are made
+A window is what can be read of a record. If it is over, then the steps before are made
 again, by the host's loop: from the last state that is kept, for as many steps as there
 is room for.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 from .._jax_compat import eqxi
 from .forward import Forward, Record
 from .slots import Slots
-from .steps import BLOCK, Session
+from .steps import BLOCK, Window
 from .undo import Carry
 
 
@@ -40,7 +40,7 @@ class Windows:
 
     @property
     def _most(self) -> int:
-        """How many steps there can be in a session, if not all are recorded. (In the
+        """How many steps there can be in a window, if not all are recorded. (In the
         place of the oldest row is the last, which may not be full.)"""
         return self._format.length - BLOCK
 
@@ -49,7 +49,7 @@ class Windows:
         """Whether all steps are in the record that was made on the way forward."""
         return self._num_steps <= self._most
 
-    def first_session(self, session: Session) -> Session:
+    def first_window(self, window: Window) -> Window:
         """What can be read of the record that was made on the way forward. It begins at
         a state that is kept; if there is none, with the last step."""
         n, slots = self._num_steps, self._record.slots
@@ -61,27 +61,27 @@ class Windows:
         )
         numbers = jnp.where(is_used & (slots.numbers >= least), slots.numbers, n)
         first = jnp.where(least == 0, 0, jnp.min(numbers))
-        t_first = self._format.end(session.steps, jnp.maximum(first - 1, 0))
-        t_first = jnp.where(first == 0, session.t_first, t_first)
-        return session._replace(first=first, t_first=t_first)
+        t_first = self._format.end(window.steps, jnp.maximum(first - 1, 0))
+        t_first = jnp.where(first == 0, window.t_first, t_first)
+        return window._replace(first=first, t_first=t_first)
 
-    def next_session(
-        self, carry: Carry, slots: Slots, session: Session
-    ) -> tuple[Carry, Slots, Session]:
-        """If there are no more steps to be undone in this session, makes those before
+    def next_window(
+        self, carry: Carry, slots: Slots, window: Window
+    ) -> tuple[Carry, Slots, Window]:
+        """If there are no more steps to be undone in this window, makes those before
         again. (They may differ, by what the solution makes of rounding. But so may all
         steps that any adjoint makes again.)"""
         n, is_done = carry.num_steps, carry.num_steps == 0
-        needs = ~is_done & (n <= session.first)
+        needs = ~is_done & (n <= window.first)
 
         def proceeds(loop):
-            _, _, session = loop
-            return eqxi.unvmap_any(needs & (session.first >= n))
+            _, _, window = loop
+            return eqxi.unvmap_any(needs & (window.first >= n))
 
         def run(loop):
-            carry, slots, session = loop
+            carry, slots, window = loop
             start = slots.top()
-            # What is at hand, and where a session begins, have slots of their own.
+            # What is at hand, and where a window begins, have slots of their own.
             least = n - self._most
             is_last = start >= least
             stop = jnp.where(is_last, n, least)
@@ -95,16 +95,16 @@ class Windows:
             capacity = jnp.minimum(capacity, slots.size - 1)
             end, record = self._rerun(start, kept, slots, capacity, stop)
             slots = record.slots.push(stop, end, needs & ~is_last)
-            new = Session(record.steps, start, t_first, session.every)
+            new = Window(record.steps, start, t_first, window.every)
             takes = needs & is_last
-            session = jtu.tree_map(lambda a, b: jnp.where(takes, a, b), new, session)
+            window = jtu.tree_map(lambda a, b: jnp.where(takes, a, b), new, window)
             # To be undone from its own end.
             y1, solver_state = restored(takes, end, (carry.y1, carry.solver_state))
             t1 = jnp.where(takes, record.t_last, carry.t1)
             carry = carry._replace(t1=t1, y1=y1, solver_state=solver_state)
-            return carry, slots, session
+            return carry, slots, window
 
-        return lax.while_loop(proceeds, run, (carry, slots, session))
+        return lax.while_loop(proceeds, run, (carry, slots, window))
 
 
 def restored(pred, kept: PyTree, state: PyTree) -> PyTree:
