@@ -5,6 +5,7 @@ a fixed step, and an absolute tolerance for adaptive ones. They are padded to a 
 size, so that a solver is compiled once for all of a group.
 """
 
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +22,18 @@ class Model(NamedTuple):
     t1: float
     step: float
     atol: float
+    # Into how many components, of equal size, `y0` and the parameters are split, if not
+    # into their elements: a field is one.
+    num_parts: tuple[int | None, int | None] = (None, None)
+
+    def parts(self) -> np.ndarray:
+        """The number of the part that each element of `y0` belongs to, and then each of
+        the parameters."""
+        numbers = []
+        for x, n in zip((self.y0, self.p), self.num_parts):
+            first = max(map(int, numbers), default=-1) + 1
+            numbers += list(first + np.arange(x.size) * (n or x.size) // x.size)
+        return np.array(numbers)
 
 
 class Group:
@@ -59,10 +72,10 @@ _SMALL: dict[str, Model] = {}
 _LARGE: dict[str, Model] = {}
 
 
-def _model(name, y0, p, t1, step, atol=1e-6, models=_SMALL):
+def _model(name, y0, p, t1, step, atol=1e-6, models=_SMALL, num_parts=(None, None)):
     def add(vector_field):
         y0_, p_ = np.asarray(y0, float), np.asarray(p, float)
-        models[name] = Model(vector_field, y0_, p_, t1, step, atol)
+        models[name] = Model(vector_field, y0_, p_, t1, step, atol, num_parts)
         return vector_field
 
     return add
@@ -322,19 +335,22 @@ _X = np.pi * np.arange(1, 65) / 65
 _RING = 2 * np.pi * np.arange(64) / 64
 
 
-@_model("heat", np.sin(_X) + 0.5 * np.sin(5 * _X), [0.02], 1, 0.005, models=_LARGE)
+_field = ft.partial(_model, models=_LARGE, num_parts=(1, None))
+
+
+@_field("heat", np.sin(_X) + 0.5 * np.sin(5 * _X), [0.02], 1, 0.005)
 def _heat(t, y, p):
     padded = jnp.pad(y, 1)
     return p[0] * 65**2 * (padded[2:] - 2 * y + padded[:-2])
 
 
-@_model("Burgers", 1 + 0.5 * np.sin(_RING), [0.01], 0.5, 0.005, models=_LARGE)
+@_field("Burgers", 1 + 0.5 * np.sin(_RING), [0.01], 0.5, 0.005)
 def _burgers(t, y, p):
     right, left = jnp.roll(y, -1), jnp.roll(y, 1)
     return -y * (right - left) * 32 + p[0] * 64**2 * (right - 2 * y + left)
 
 
-@_model("Fisher", np.exp(-(np.arange(64) ** 2) / 18), [0.02, 1], 6, 0.05, models=_LARGE)
+@_field("Fisher", np.exp(-(np.arange(64) ** 2) / 18), [0.02, 1], 6, 0.05)
 def _fisher(t, y, p):
     padded = jnp.pad(y, 1, mode="edge")
     diffusion = p[0] * 400 * (padded[2:] - 2 * y + padded[:-2])
@@ -344,13 +360,13 @@ def _fisher(t, y, p):
 _PULSE = np.exp(-((np.arange(32) - 16) ** 2) / 18)
 
 
-@_model("wave", [*_PULSE, *np.zeros(32)], [1], 10, 0.05, models=_LARGE)
+@_field("wave", [*_PULSE, *np.zeros(32)], [1], 10, 0.05, num_parts=(2, None))
 def _wave(t, y, p):
     u = jnp.pad(y[:32], 1)
     return jnp.concatenate([y[32:], p[0] * 25 * (u[2:] - 2 * u[1:-1] + u[:-2])])
 
 
-@_model("advection by FFT", np.exp(np.sin(_RING)), [1], 3, 0.02, models=_LARGE)
+@_field("advection by FFT", np.exp(np.sin(_RING)), [1], 3, 0.02)
 def _advection(t, y, p):
     waves = jnp.arange(33).at[32].set(0)
     return -p[0] * jnp.fft.irfft(1j * waves * jnp.fft.rfft(y), 64)
@@ -388,8 +404,8 @@ def _trained_weights():
 
 def groups() -> list[Group]:
     y0 = np.random.default_rng(3).normal(size=8)
-    _model("random network", y0, _weights(1.5, 1.5, 0), 10, 0.05, models=_LARGE)(
-        _network
-    )
-    _model("trained network", y0, _trained_weights(), 5, 0.05, models=_LARGE)(_network)
+    # Two matrices.
+    add = ft.partial(_field, num_parts=(None, 2))
+    add("random network", y0, _weights(1.5, 1.5, 0), 10, 0.05)(_network)
+    add("trained network", y0, _trained_weights(), 5, 0.05)(_network)
     return [Group(_SMALL), Group(_LARGE)]

@@ -15,11 +15,16 @@ default settings on both sides, prints of each
 and then the ratios that matter: of the errors, component by component, the largest one;
 how many states were wanted; and by how much, relative to each component, the gradient
 of `ReversibleAdjoint` differs from that of `RecursiveCheckpointAdjoint` on the same
-solver. A star marks a row that misses an aim: a component's error above 1.5 times that
-of the base solver, of the gradient above 2 times (where that of the base solver is
-below 10%), steps that differ by more than 2%, gradients of the two adjoints that differ
-by more than 1e-6 (1e-3 in single precision). What rounding does is allowed on top. One
-solver takes some ten minutes.
+solver. A field, or a matrix of weights, is one component: of its many points there is
+always one at which the error of a solver happens to vanish. For the same reason the
+error of the base solver is the larger one of two runs, the other of which has a step
+that is smaller by one in a thousand, or a tolerance smaller by one in a hundred.
+
+A star marks a row that misses an aim: a component's error above 1.5 times that of the
+base solver, of the gradient above 2 times (where that of the base solver is below 10%),
+steps that differ by more than 2% and by more than those of the two runs, gradients of
+the two adjoints that differ by more than 1e-6 (1e-3 in single precision). What rounding
+does is allowed on top. One solver takes some ten minutes.
 """
 
 import argparse
@@ -91,14 +96,23 @@ def _compiled(group: Group, solver, adjoint, kind: str, dtype, max_steps: int):
 
 
 def solve(
-    group, name, solver, adjoint, kind, dtype, rtol, weights, max_steps=MAX_STEPS
+    group,
+    name,
+    solver,
+    adjoint,
+    kind,
+    dtype,
+    rtol,
+    weights,
+    max_steps=MAX_STEPS,
+    step=1.0,
 ) -> Result:
     model = group.models[name]
     run = _compiled(group, solver, adjoint, kind, dtype, max_steps)
     y0, p = group.data(name)
     # (In single precision tolerances are a hundred times as large.)
     atol = model.atol * rtol / 1e-6
-    dt0 = model.step if kind == "fixed" else 1e-3 * model.t1
+    dt0 = step * (model.step if kind == "fixed" else 1e-3 * model.t1)
     floats = (y0, p, model.t1, dt0, rtol, atol, weights)
     floats = [jnp.asarray(x, dtype) for x in floats]
     (_, (y1, stats, is_successful)), grads = run(group.names.index(name), *floats)
@@ -118,8 +132,26 @@ class Reference(NamedTuple):
     gradient: np.ndarray
     # Every component of `y1` has its say in the gradient.
     weights: np.ndarray
-    # Of the components of the gradient.
-    scale: np.ndarray
+
+    def errors(self, model, found: Result) -> tuple[np.ndarray, np.ndarray]:
+        """Of each component of `y1`, and of the gradient; relative to its size."""
+        parts = model.parts()
+        y_parts = parts[: self.y1.size]
+        size = largest(y_parts, self.y1)
+        error = largest(y_parts, found.y1 - self.y1) / np.where(size == 0, 1, size)
+        size = largest(parts, self.gradient)
+        # (Next to a large one a small one does not count.)
+        num = len(error)
+        for x in (size[:num], size[num:]):
+            x[:] = np.maximum(x, 1e-6 * (np.max(x, initial=0) or 1))
+        return error, largest(parts, found.gradient - self.gradient) / size
+
+
+def largest(parts: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The largest absolute value in each part."""
+    out = np.zeros(max(parts) + 1)
+    np.maximum.at(out, parts, np.abs(x))
+    return out
 
 
 @ft.cache
@@ -134,26 +166,26 @@ def reference(group: Group, name: str) -> Reference:
     weights[: y1.size] = np.cos(np.arange(y1.size)) / sizes
     found = solve(*fine, weights, 30_000)
     assert found.is_successful
-    parts = np.split(np.abs(found.gradient), [y1.size])
-    scale = [np.maximum(x, 1e-6 * (np.max(x) or 1)) for x in parts]
-    return Reference(y1, found.gradient, weights, np.concatenate(scale))
+    return Reference(y1, found.gradient, weights)
 
 
 def study(group: Group, name: str, base, kind: str, precision: str) -> dict:
     dtype = jnp.dtype(precision)
     is_double = dtype == jnp.float64
-    ref = reference(group, name)
-    y_scale = np.where(ref.y1 == 0, 1, np.abs(ref.y1))
+    ref, model = reference(group, name), group.models[name]
     # Of an adaptive method of order two there would be very many steps.
     rtol = 1e-6 if is_double and type(base) is not diffrax.Heun else 1e-4
 
-    def run(solver, adjoint):
-        found = solve(group, name, solver, adjoint, kind, dtype, rtol, ref.weights)
-        error = np.abs(found.y1 - ref.y1) / y_scale
-        return found, error, np.abs(found.gradient - ref.gradient) / ref.scale
+    def run(solver, adjoint, shrink=0.0):
+        options = (rtol * (1 - 10 * shrink), ref.weights, MAX_STEPS, 1 - shrink)
+        found = solve(group, name, solver, adjoint, kind, dtype, *options)
+        return found, *ref.errors(model, found)
 
     solver = UReversible(base)
     theirs, base_error, base_gradient = run(base, DEFAULT)
+    again, other_error, other_gradient = run(base, DEFAULT, 1e-3)
+    base_error = np.maximum(base_error, other_error)
+    base_gradient = np.maximum(base_gradient, other_gradient)
     ours, error, gradient = run(solver, OURS)
     same, *_ = run(solver, DEFAULT)
     # What rounding may do on top.
@@ -164,7 +196,8 @@ def study(group: Group, name: str, base, kind: str, precision: str) -> dict:
     gradient_ratio = np.max(
         np.where(is_known, gradient / (base_gradient + gradient_floor), 0)
     )
-    difference = np.max(np.abs(ours.gradient - same.gradient) / ref.scale)
+    _, difference = ref._replace(gradient=same.gradient).errors(model, ours)
+    difference = np.max(difference)
     row = dict(
         model=name,
         base=type(base).__name__,
@@ -186,7 +219,8 @@ def study(group: Group, name: str, base, kind: str, precision: str) -> dict:
         "error": ratio <= 1.5,
         # (Where no component of the base solver's is known, there is none to compare.)
         "gradient": gradient_ratio <= 2,
-        "steps": abs(ours.steps - theirs.steps) <= max(0.02 * theirs.steps, 1),
+        "steps": abs(ours.steps - theirs.steps)
+        <= max(0.02 * theirs.steps, 1, abs(again.steps - theirs.steps)),
         # (Where it is infinite it has no digits.)
         "adjoint": difference <= (1e-6 if is_double else 1e-3) or not np.all(is_known),
     }
