@@ -1,15 +1,19 @@
-"""Time of the gradient of a solve, against diffrax's default adjoint.
+"""Time and memory of the gradient of a solve, against diffrax's default adjoint.
 
     python examples/benchmarks/gradient.py [--quick] [--rows ...] [--output time.png]
 
 Each row times all of its columns in turn, compiled and warmed up, in this one run, so
-that the ratios mean something on any machine:
+that the ratios mean something on any machine. All settings are the default ones.
 
-    default     `RecursiveCheckpointAdjoint` on the plain solver, in milliseconds
-    published   `ReversibleAdjoint` on `UReversible(solver, 0.999)`, or on the solver
-                itself if it is reversible: ratio to the default
-    ours        the same with the controlled coupling, `UReversible(solver)`
-    by hand     the arithmetic of `published` as a loop written out in JAX
+    default, ms     `RecursiveCheckpointAdjoint` on the plain solver
+    ours            `ReversibleAdjoint` on `UReversible(solver)`, or on the solver
+                    itself if it is reversible: ratio to the default
+    by hand         the arithmetic of `ours`, without its control, as a loop written out
+                    in JAX: ratio to the default
+    default, kB     temporary memory of the compiled gradient
+    ours, kB        the same
+
+The rows that say "solve" are of a solve without a gradient.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from models import groups
 
 from diffrax_reversible import ReversibleAdjoint, ReversibleHeun, UReversible
 
@@ -57,13 +62,45 @@ def lotka_volterra(dtype=jnp.float64):
     return vector_field, jnp.asarray([3.0, 0.4], dtype), params
 
 
+def stencil(size=100):
+    def vector_field(t, y, p):
+        u = jnp.pad(y, 1)
+        return p * (u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2] - 4 * y)
+
+    return vector_field, jnp.ones((size, size)), jnp.asarray(100.0)
+
+
+def sine(size=10_000):
+    return lambda t, y, p: -p * jnp.sin(y), jnp.ones(size), jnp.asarray(0.5)
+
+
+def everyday(name):
+    """One of `models.py`, and how it is solved there with a step size controller."""
+    [model] = [g.models[name] for g in groups() if name in g.names]
+    problem = model.vector_field, jnp.asarray(model.y0), jnp.asarray(model.p)
+    return problem, dict(pid=True, t1=model.t1, rtol=1e-6, dt0=1e-3 * model.t1)
+
+
 #
 # What is timed
 #
 
 
-def loss_of(problem, solver, adjoint, num_steps, *, vmap=None, pid=False, sde=False):
-    """A function of the parameters and `y0`, and these."""
+def loss_of(
+    problem,
+    solver,
+    adjoint,
+    num_steps,
+    *,
+    vmap=None,
+    pid=False,
+    sde=False,
+    t1=1.0,
+    rtol=1e-6,
+    dt0=0.01,
+):
+    """A function of the parameters and `y0`, and these. With `pid` the default for
+    `max_steps`; and over a batch end times that differ by a factor of 4."""
     vector_field, y0, params = problem
     dtype = y0.dtype
     terms = diffrax.ODETerm(vector_field)
@@ -73,9 +110,8 @@ def loss_of(problem, solver, adjoint, num_steps, *, vmap=None, pid=False, sde=Fa
         terms = diffrax.MultiTerm(terms, noise)
     controller = diffrax.ConstantStepSize()
     if pid:
-        controller = diffrax.PIDController(rtol=1e-5, atol=1e-7)
+        controller = diffrax.PIDController(rtol=rtol, atol=rtol)
     if vmap is not None:
-        # Under `pid` these are end times: the numbers of steps differ by a factor of 4.
         y0 = jnp.broadcast_to(y0, (vmap, *y0.shape))
 
     def loss(params, y0):
@@ -85,21 +121,21 @@ def loss_of(problem, solver, adjoint, num_steps, *, vmap=None, pid=False, sde=Fa
                 solver,
                 0.0,
                 t1,
-                0.01 if pid else 1 / num_steps,
+                dt0 if pid else 1 / num_steps,
                 y0,
                 params,
                 stepsize_controller=controller,
                 adjoint=adjoint,
-                max_steps=num_steps,
+                max_steps=4096 if pid else num_steps,
             )
             return sum(jnp.sum(y**2) for y in jax.tree.leaves(sol.ys))
 
-        one = jnp.asarray(1.0, dtype)
+        end = jnp.asarray(t1, dtype)
         if vmap is None:
-            return solve(y0, one)
+            return solve(y0, end)
         if pid:
-            return jnp.sum(jax.vmap(solve)(y0, jnp.linspace(5, 20, vmap, dtype=dtype)))
-        return jnp.sum(jax.vmap(solve, (0, None))(y0, one))
+            return jnp.sum(jax.vmap(solve)(y0, jnp.linspace(end / 4, end, vmap)))
+        return jnp.sum(jax.vmap(solve, (0, None))(y0, end))
 
     return loss, (params, y0)
 
@@ -111,9 +147,10 @@ def diag(x):
 
 
 def by_hand(problem, base, num_steps, vmap=None):
-    """The published method with fixed steps, and its fused backward pass."""
+    """`UReversible(base)` with fixed steps and nothing damped, and its backward pass,
+    with the difference of the two copies as a constant."""
     vector_field, y0, params = problem
-    tableau, c0 = base.tableau, PUBLISHED
+    tableau = base.tableau
     # Not the stage that only an error estimate needs.
     stages = tableau.num_stages - (1 if tableau.fsal else 0)
     h = 1 / num_steps
@@ -133,12 +170,12 @@ def by_hand(problem, base, num_steps, vmap=None):
     @jax.custom_vjp
     def solve(y0, p):
         def body(carry):
-            i, t, y, z = carry
-            y = c0 * y + ((1 - c0) * z + increment(t, z, p, 1))
-            z = z - increment(t + h, y, p, -1)
-            return i + 1, t + h, y, z
+            i, t, y, d = carry
+            psi = increment(t, y - d, p, 1)
+            y, d = y + psi, d + psi
+            return i + 1, t + h, y, d + increment(t + h, y, p, -1)
 
-        carry = (0, 0.0, y0, y0)
+        carry = (0, 0.0, y0, jnp.zeros_like(y0))
         return jax.lax.while_loop(lambda c: c[0] < num_steps, body, carry)[2:]
 
     def fwd(y0, p):
@@ -146,25 +183,21 @@ def by_hand(problem, base, num_steps, vmap=None):
         return out, (out, p)
 
     def bwd(residuals, grads):
-        (y, z), p = residuals
+        (y, d), p = residuals
+        grad_y, _ = grads
 
         def body(carry):
-            i, t, y, z, gy, gz, gp = carry
-            psi, pull = jax.vjp(lambda y, p: increment(t, y, p, -1), y, p)
-            z = z + psi
-            new_gy, new_gp = pull(-gz)
+            i, t, y, d, gy, gp = carry
+            d = d - increment(t, y, p, -1)
+            shift = lambda z, p: increment(t - h, z, p, 1)
+            psi, pull = jax.vjp(shift, y - d, p)
+            new_gy, new_gp = pull(gy)
             gy, gp = gy + new_gy, jax.tree.map(jnp.add, gp, new_gp)
-            shift = lambda z, p: (1 - c0) * z + increment(t - h, z, p, 1)
-            value, pull = jax.vjp(shift, z, p)
-            y = (y - value) / c0
-            new_gz, new_gp = pull(gy)
-            gz, gp = gz + new_gz, jax.tree.map(jnp.add, gp, new_gp)
-            return i - 1, t - h, y, z, c0 * gy, gz, gp
+            return i - 1, t - h, y - psi, d - psi, gy, gp
 
         zeros = jax.tree.map(jnp.zeros_like, p)
-        carry = (num_steps, 1.0, y, z, *grads, zeros)
-        *_, gy, gz, gp = jax.lax.while_loop(lambda c: c[0] > 0, body, carry)
-        return gy + gz, gp
+        carry = (num_steps, 1.0, y, d, grad_y, zeros)
+        return jax.lax.while_loop(lambda c: c[0] > 0, body, carry)[-2:]
 
     solve.defvjp(fwd, bwd)
     if vmap is not None:
@@ -177,13 +210,19 @@ def by_hand(problem, base, num_steps, vmap=None):
     return loss, (params, y0)
 
 
-def compile_gradient(loss, arguments):
+def compile_gradient(loss, arguments, differentiate=True):
     """A function that runs it, the compiled gradient, and how long compiling took."""
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    function = jax.jit(jax.grad(loss, argnums=(0, 1)) if differentiate else loss)
     start = time.perf_counter()
-    compiled = gradient.lower(*arguments).compile()
+    compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     return lambda: jax.block_until_ready(compiled(*arguments)), compiled, seconds
+
+
+def temporary_bytes(compiled):
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 def medians(runs, repeats):
@@ -205,69 +244,81 @@ def medians(runs, repeats):
 
 
 def rows(batch, n):
-    """Problem, plain solver, number of steps, options, adjoint of the plain solver."""
-    tsit5, heun = diffrax.Tsit5(), ReversibleHeun()
-    single = jnp.float32
+    """Problem, plain solver, number of steps, options."""
+    tsit5, heun, reversible_heun = diffrax.Tsit5(), diffrax.Heun(), ReversibleHeun()
+    single, few = jnp.float32, n // 5
     out = {}
-    for base in (tsit5, diffrax.Dopri5(), diffrax.Heun()):
+    for base in (tsit5, diffrax.Dopri5(), heun):
         name = type(base).__name__
-        out[f"MLP, {name}"] = mlp(), base, n, {}, DEFAULT
-        out[f"MLP, {name}, vmap {batch}"] = mlp(), base, n, dict(vmap=batch), DEFAULT
-        out[f"MLP, {name}, {batch} in y"] = mlp(batch), base, n, {}, DEFAULT
-    out["MLP, Tsit5, float32"] = mlp(dtype=single), tsit5, n, {}, DEFAULT
-    out[f"MLP, Tsit5, vmap {batch}, float32"] = (
-        *(mlp(dtype=single), tsit5, n),
-        *(dict(vmap=batch), DEFAULT),
-    )
-    out[f"MLP of width 256, Tsit5, vmap {batch}"] = (
-        *(mlp(width=256), tsit5, n // 4),
-        *(dict(vmap=batch), DEFAULT),
-    )
-    out["Lotka--Volterra, Tsit5"] = lotka_volterra(), tsit5, n, {}, DEFAULT
+        out[f"MLP, {name}"] = mlp(), base, n, {}
+        out[f"MLP, {name}, vmap {batch}"] = mlp(), base, few, dict(vmap=batch)
+        out[f"MLP, {name}, {batch} in y"] = mlp(batch), base, few, {}
+    network = mlp(dtype=single)
+    out["MLP, Tsit5, float32"] = network, tsit5, n, {}
+    out[f"MLP, Tsit5, vmap {batch}, float32"] = network, tsit5, few, dict(vmap=batch)
+    out[f"MLP, Tsit5, {batch} in y, float32"] = mlp(batch, single), tsit5, few, {}
+    wide = mlp(4 * batch, single, width=256)
+    out[f"MLP of width 256, Tsit5, {4 * batch} in y, float32"] = wide, tsit5, few, {}
+    wide = mlp(width=256)
+    out[f"MLP of width 256, Tsit5, vmap {batch}"] = wide, tsit5, few, dict(vmap=batch)
+    pid = dict(vmap=batch, pid=True, t1=20.0)
+    out[f"MLP, Tsit5, PID, vmap {batch}"] = mlp(), tsit5, n, pid
+    out["MLP, SDE, Heun"] = mlp(), heun, n, dict(sde=True)
+    out["Lotka--Volterra, Tsit5"] = lotka_volterra(), tsit5, n, {}
     out[f"Lotka--Volterra, Tsit5, PID, vmap {batch}"] = (
         *(lotka_volterra(), tsit5, n),
-        *(dict(vmap=batch, pid=True), DEFAULT),
+        pid,
     )
-    out["MLP, Tsit5, equal memory"] = (
-        *(mlp(), tsit5, 10 * n),
-        *({}, diffrax.RecursiveCheckpointAdjoint(checkpoints=4)),
-    )
-    out["MLP, ReversibleHeun"] = mlp(), heun, n, {}, DEFAULT
-    out["Lotka--Volterra, ReversibleHeun"] = lotka_volterra(), heun, n, {}, DEFAULT
-    out["SDE, MLP, Heun"] = mlp(), diffrax.Heun(), n, dict(sde=True), DEFAULT
+    out["stencil of 100 x 100, Tsit5"] = stencil(), tsit5, few, {}
+    out["sine of 10^4 numbers, Tsit5"] = sine(), tsit5, few, {}
+    for name in ("Van der Pol 20", "heat"):
+        problem, options = everyday(name)
+        out[f"{name}, Tsit5, PID"] = problem, tsit5, n, options
+    out["MLP, ReversibleHeun"] = mlp(), reversible_heun, n, {}
+    out["Lotka--Volterra, ReversibleHeun"] = lotka_volterra(), reversible_heun, n, {}
+    for name, problem in (("MLP", mlp()), ("Lotka--Volterra", lotka_volterra())):
+        out[f"solve, {name}, Tsit5"] = problem, tsit5, n, dict(solve=True)
     return out
 
 
-def measure(problem, base, num_steps, options, default, repeats):
-    """Times of the columns in seconds: default, published, ours, by hand."""
-    losses = [loss_of(problem, base, default, num_steps, **options)]
-    if isinstance(base, ReversibleHeun):
-        losses.append(loss_of(problem, base, OURS, num_steps, **options))
-    else:
-        for solver in (UReversible(base, PUBLISHED), UReversible(base)):
-            losses.append(loss_of(problem, solver, OURS, num_steps, **options))
-        if options.keys() <= {"vmap"}:
-            losses.append(by_hand(problem, base, num_steps, **options))
-    runs = [compile_gradient(*loss)[0] for loss in losses]
-    times = list(medians(runs, repeats))
-    if isinstance(base, ReversibleHeun):
-        times.insert(2, np.nan)
-    return times + [np.nan] * (4 - len(times))
+def measure(problem, base, num_steps, options, repeats):
+    """Times of the columns in seconds, and bytes: default, ours, by hand."""
+    options = dict(options)
+    differentiate = not options.pop("solve", False)
+    is_reversible = isinstance(base, ReversibleHeun)
+    solver = base if is_reversible else UReversible(base)
+    losses = [
+        loss_of(problem, base, DEFAULT, num_steps, **options),
+        loss_of(problem, solver, OURS, num_steps, **options),
+    ]
+    if options.keys() <= {"vmap"} and not is_reversible:
+        losses.append(by_hand(problem, base, num_steps, **options))
+    both = [compile_gradient(*loss, differentiate)[:2] for loss in losses]
+    times = list(medians([run for run, _ in both], repeats))
+    sizes = [temporary_bytes(compiled) for _, compiled in both]
+    return times + [np.nan] * (3 - len(times)), sizes[:2]
 
 
 def plot(table, filename):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.35 * len(table) + 1.2), layout="constrained")
-    ax = figure.subplots()
-    ax.set_yticks(range(len(table)), list(table))
-    ax.invert_yaxis()
-    ax.axvline(1, color="tab:gray", lw=1)
-    for k, label in ((1, "published coupling"), (2, "controlled coupling")):
-        ratios = [times[k] / times[0] for times in table.values()]
-        ax.barh(np.arange(len(table)) + 0.4 * k - 0.6, ratios, 0.4, label=label)
-    ax.set_xlabel("time of a gradient, relative to diffrax's default adjoint")
-    ax.legend()
+    figure = Figure(figsize=(9, 0.25 * len(table) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    ratios = [times[1] / times[0] for times, _ in table.values()]
+    by_hand = [times[2] / times[0] for times, _ in table.values()]
+    left.barh(np.arange(len(table)), ratios, 0.6, label="ReversibleAdjoint")
+    left.plot(by_hand, np.arange(len(table)), "k|", label="written by hand")
+    left.set_xlabel("time")
+    left.legend()
+    right.barh(
+        np.arange(len(table)), [sizes[1] / sizes[0] for _, sizes in table.values()], 0.6
+    )
+    right.set_xlabel("memory")
+    for ax in (left, right):
+        ax.axvline(1, color="tab:gray", lw=1)
+    left.set_yticks(range(len(table)), list(table))
+    left.invert_yaxis()
+    figure.suptitle("relative to RecursiveCheckpointAdjoint", fontsize=10)
     figure.savefig(filename)
 
 
@@ -278,22 +329,22 @@ def main(argv=None):
     parser.add_argument("--output", help="where to save a plot")
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
-    repeats, batch, n = (1, 4, 20) if args.quick else (5, 128, 1000)
+    repeats, batch, n = (1, 4, 20) if args.quick else (7, 128, 1000)
     wanted = rows(batch, n)
     if args.quick:
         wanted = {k: v for k, v in wanted.items() if "Volterra, Rev" in k}
     if args.rows is not None:
         wanted = {k: v for k, v in wanted.items() if any(w in k for w in args.rows)}
 
-    print("| gradient of a solve | default, ms | published | ours | by hand |")
-    print("|---|---|---|---|---|")
+    print("| gradient of | default, ms | ours | by hand | default, kB | ours, kB |")
+    print("|---|---|---|---|---|---|")
     table = {}
     for name, row in wanted.items():
-        problem, base, steps, options, default = row
-        times = measure(problem, base, steps, options, default, repeats)
-        table[name] = times
+        times, sizes = table[name] = measure(*row, repeats)
         ratios = [f"{x / times[0]:.2f}" if x == x else "" for x in times[1:]]
-        print(f"| {name} | {1e3 * times[0]:.1f} | " + " | ".join(ratios) + " |")
+        kilobytes = [f"{x / 1e3:.3g}" if x < 1e6 else f"{x / 1e3:.0f}" for x in sizes]
+        cells = [name, f"{1e3 * times[0]:.1f}", *ratios, *kilobytes]
+        print("| " + " | ".join(cells) + " |", flush=True)
     if args.output is not None:
         plot(table, args.output)
     return table
