@@ -28,10 +28,13 @@ class Record(NamedTuple):
     slots: Slots
     # How many states were wanted.
     num_wanted: Any
-    # The end of the last accepted step.
+    # The end of the last accepted step. NaN if the times of steps cannot be had again
+    # from `steps`.
     t_last: Array
-    # Whether the times of all steps can be had again from `steps`.
-    is_consistent: Array
+
+    @property
+    def is_consistent(self) -> Array:
+        return ~jnp.isnan(self.t_last)
 
 
 class Ends(NamedTuple):
@@ -72,12 +75,10 @@ class _Row(NamedTuple):
     is_full: Array
     num_copied: Array
     t_last: Array
-    is_consistent: Array
-    # Of the last step: whether its start is wanted, or may be kept anyway; its number,
-    # and its start.
+    # Of the last step: whether its start is wanted, or may be kept anyway; and its
+    # start.
     is_wanted: Array
     is_candidate: Array
-    index: Array
     start: PyTree
 
 
@@ -217,7 +218,9 @@ class Forward:
             state, row = eqxi.while_loop(
                 inner_cond, inner_body, (state, row), buffers=inner_buffers, kind="lax"
             )
-            keeping = keeping.add(row.index, row.start, row.is_candidate, capacity)
+            # (Of a candidate the last step has been accepted.)
+            index = state.num_accepted_steps - 1
+            keeping = keeping.add(index, row.start, row.is_candidate, capacity)
             num_wanted = num_wanted + jnp.where(row.is_wanted, 1, 0)
             is_end = ends(state, row) | eqxi.unvmap_any(~unfinished(state))
             n = state.num_accepted_steps
@@ -242,10 +245,8 @@ class Forward:
             is_full=no,
             num_copied=start,
             t_last=t_before,
-            is_consistent=jnp.array(True),
             is_wanted=no,
             is_candidate=no,
-            index=zero,
             start=self.kept(init_state, t_before),
         )
         state, row, steps, keeping, num_wanted = eqxi.while_loop(
@@ -261,9 +262,7 @@ class Forward:
             buffers=outer_buffers,
             kind="lax",
         )
-        return state, Record(
-            steps, keeping.slots, num_wanted, row.t_last, row.is_consistent
-        )
+        return state, Record(steps, keeping.slots, num_wanted, row.t_last)
 
     def _append(
         self, row: _Row, state, new_state, is_done: Array, start: Array
@@ -291,11 +290,11 @@ class Forward:
         return row._replace(
             steps=jtu.tree_map(put, entry, row.steps),
             is_full=accepted & (place == BLOCK - 1),
-            t_last=jnp.where(accepted, state.tnext, row.t_last),
-            is_consistent=row.is_consistent & (is_consistent | ~accepted),
+            t_last=jnp.where(
+                accepted, jnp.where(is_consistent, state.tnext, jnp.nan), row.t_last
+            ),
             is_wanted=is_inside & is_wanted,
             is_candidate=is_inside & (is_wanted | (index % self.grid == 0)),
-            index=index,
             start=self.kept(state, row.t_last),
         )
 

@@ -147,7 +147,7 @@ Gradient-based Hyperparameter Optimization through Reversible Learning. ICML 201
 import functools as ft
 import math
 import operator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import diffrax
 import equinox as eqx
@@ -162,20 +162,14 @@ from .._compat import Y
 Tableau: TypeAlias = diffrax.ButcherTableau | diffrax.StochasticButcherTableau
 
 
-class Account(NamedTuple):
-    """What decides on the coming steps. All scalars, in single precision whatever the
-    solution is in."""
-
-    # The binary logarithm of the largest norm of `y - z` in units of its level, faded
-    # by the couplings since.
-    peak: Float32[Array, ""]
-    # Since the last checkpoint, in bits.
-    spent: Float32[Array, ""]
-    # Whether the last step was over the budget.
-    wants_checkpoint: Bool[Array, ""]
-    # For an SDE: the largest relative error, faded. (Otherwise not an empty tuple:
-    # there is but one of those, and `equinox.tree_at` is confused.)
-    relative: Float32[Array, ""] | None
+# What decides on the coming steps, all in one array, as each that a loop carries costs
+# time; in single precision, whatever the solution is in:
+# - the binary logarithm of the largest norm of `y - z` in units of its level, faded by
+#   the couplings since;
+# - `spent`, in bits, since the last checkpoint: if this is over the budget then the
+#   last step wants one;
+# - for an SDE: the largest relative error, faded.
+Account: TypeAlias = Float32[Array, "2"] | Float32[Array, "3"]
 
 
 # `m = 2**(-code / 8)`, but for `_SYNC`, which is `m = 0`. One byte a step is recorded.
@@ -257,6 +251,11 @@ def budget(y: Y) -> float:
     return 22.0 if eps < 1e-12 else 8.0 if eps < 1e-6 else 2.0
 
 
+def wants_checkpoint(account: Account, y: Y) -> Bool[Array, ""]:
+    """Whether the step that the account is after was over the budget."""
+    return ~(account[1] <= budget(y))
+
+
 @ft.cache
 def _ratio_of_errors(coefficients: tuple) -> float | None:
     a, b_sol, b_error = (np.array(x) for x in coefficients)
@@ -322,12 +321,18 @@ def error_from_slopes(k0: Y, k1: Y, order: int | None) -> Y:
 
 def init(noisy: bool) -> tuple[UInt8[Array, ""], Account]:
     zero = jnp.zeros((), jnp.float32)
-    account = Account(_log2(zero), zero, jnp.array(False), zero if noisy else None)
-    return jnp.array(0, jnp.uint8), account
+    account = [_log_of_mean(zero, 1), zero, *([zero] if noisy else [])]
+    return jnp.array(0, jnp.uint8), jnp.stack(account)
 
 
-def _log2(x: Float32[Array, ""]) -> Float32[Array, ""]:
-    return jnp.log2(jnp.maximum(x, jnp.finfo(jnp.float32).tiny))
+def is_noisy(account: Account) -> bool:
+    return len(account) == 3
+
+
+def _log_of_mean(total: Float32[Array, ""], num: int) -> Float32[Array, ""]:
+    """The binary logarithm of the mean of powers, of which this is the sum."""
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    return jnp.log2(jnp.maximum(total, tiny) / max(num, 1)) / _POWER
 
 
 def _over_level(
@@ -337,7 +342,8 @@ def _over_level(
     errors: list[Array],
     sizes: list[Array],
 ) -> Float32[Array, ""]:
-    """The norm of `y - z`, each element in units of its level."""
+    """The binary logarithm of the norm of `y - z`, each element in units of its
+    level."""
     total, num = jnp.float32(0), 0
     for d, e, s in zip(_leaves(difference1), errors, sizes, strict=True):
         kind = jnp.finfo(d.dtype)
@@ -347,7 +353,7 @@ def _over_level(
         ratio = jnp.abs(d) / (level + _FLOOR * float(kind.tiny))
         total = total + jnp.sum(ratio.astype(jnp.float32) ** _POWER)
         num = num + d.size
-    return (total / max(num, 1)) ** (1 / _POWER)
+    return _log_of_mean(total, num)
 
 
 def _expansion(k0: Y, k1: Y, y0: Y, y1: Y) -> Float32[Array, ""]:
@@ -360,7 +366,7 @@ def _expansion(k0: Y, k1: Y, y0: Y, y1: Y) -> Float32[Array, ""]:
         ratio = jnp.clip(jnp.minimum(over(b, a), over(q, p)), 1, _MOST_EXPANSION)
         total = total + jnp.sum(ratio.astype(jnp.float32) ** _POWER)
         num = num + a.size
-    return jnp.float32(0) if num == 0 else jnp.log2(total / num) / _POWER
+    return jnp.float32(0) if num == 0 else _log_of_mean(total, num)
 
 
 def update(
@@ -391,23 +397,20 @@ def update(
     size = largest(sizes)
     relative = jnp.where(size > 0, largest(errors) / jnp.where(size > 0, size, 1), 0)
     relative = relative.astype(jnp.float32)
-    if account.relative is not None:
-        relative = jnp.maximum(relative, jnp.float32(_FADE) * account.relative)
+    if is_noisy(account):
+        relative = jnp.maximum(relative, jnp.float32(_FADE) * account[2])
 
-    excess = _log2(_over_level(factor, relative, difference1, errors, sizes))
+    excess = _over_level(factor, relative, difference1, errors, sizes)
     forgotten = _bits(code)
-    peak = account.peak - forgotten
+    peak = account[0] - forgotten
     growth = excess - peak
     growth = jnp.where(growth < math.log2(_MOST_GROWTH), growth, 0)
     if slopes is not None:
         forgotten = forgotten + 2 * _expansion(*slopes, y0, y1)
-    spent = account.spent + jnp.maximum(forgotten, growth)
-    over = ~(spent <= budget(y1))
-    account1 = Account(
-        # Of what is about to be dropped, and may be no number, nothing is left.
-        peak=jnp.where(excess < _MOST_BITS, jnp.maximum(peak, excess), 0),
-        spent=jnp.where(over, 0, spent),
-        wants_checkpoint=over,
-        relative=None if account.relative is None else relative,
-    )
-    return _encode(excess), account1
+    spent = jnp.where(wants_checkpoint(account, y1), 0, account[1])
+    # Of what is about to be dropped, and may be no number, nothing is left.
+    peak1 = jnp.where(excess < _MOST_BITS, jnp.maximum(peak, excess), 0)
+    account1 = [peak1, spent + jnp.maximum(forgotten, growth)]
+    if is_noisy(account):
+        account1.append(relative)
+    return _encode(excess), jnp.stack(account1)

@@ -72,8 +72,8 @@ class UReversible(
     steps); or all of them, if the coupling is a number. The solver state is `(y - z,
     code, account)`, or `z` if the coupling is a number. Here `y - z` and `z` are of the
     structure, shapes and dtypes of `y`, `code` is the coupling as a `uint8` (recorded,
-    so that it takes a byte a step), and the account holds two real scalars (three for
-    an SDE) and a boolean.
+    so that it takes a byte a step), and `account` holds two `float32` numbers (three
+    for an SDE).
 
     Uses the interpolation of the wrapped solver for dense/ts output, on the stages of
     the first increment. So its error is of the same order at all times: 5 for `Tsit5`
@@ -238,8 +238,8 @@ class UReversible(
     ) -> BoolScalarLike:
         del solver_state, made_jump
         if self._controlled:
-            _, _, account = new_solver_state
-            return account.wants_checkpoint
+            difference, _, account = new_solver_state
+            return controlled.wants_checkpoint(account, difference)
         return False
 
     @property
@@ -364,7 +364,7 @@ class UReversible(
             y_error,
             y0,
             y1,
-            None if memo.relative is not None else slopes,
+            None if controlled.is_noisy(memo) else slopes,
         )
 
 
