@@ -172,11 +172,10 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         del throw, passed_solver_state, passed_controller_state
         if max_steps is None:
             raise ValueError(
-                "`diagnose(..., max_steps=None)` is not possible, as every step is "
-                "stored, and so there must be a bound on the number of steps. Use "
-                "`max_steps=...`."
+                "`diagnose(..., max_steps=None)` is not supported, as every step is "
+                "stored. Set `max_steps` to a bound on the number of steps."
             )
-        solver = to_reversible(solver)
+        solver = to_reversible(solver, "diagnose")
         init_state = with_arrays(init_state)
 
         def make(checkpoints, checkpoint_every):

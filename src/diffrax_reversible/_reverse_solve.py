@@ -25,6 +25,7 @@ from ._method.base import AbstractReversibleSolver
 from ._method.coupling import AbstractCouplingSolver
 from ._method.tree import stop_gradient
 from ._registry import to_reversible
+from ._solver.bases import spelling
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint
 from ._solver.splitting import AbstractSplitting
 from ._solver.u_reversible import UReversible
@@ -136,16 +137,17 @@ def reverse_solve(
         `max_steps` steps; if some are too short to be told from `t0`; or if the state
         that is arrived at is not finite, or off by more than `drift_tolerance`.
     """
-    solver = to_reversible(solver, "`reverse_solve`")
+    solver = to_reversible(solver, "reverse_solve")
     if is_unsafe_sde(terms):
         raise ValueError(
-            "`reverse_solve` does not support `UnsafeBrownianPath`, which cannot be "
-            "queried again. Use `VirtualBrownianTree`."
+            "`reverse_solve` does not support `diffrax.UnsafeBrownianPath`, which "
+            "cannot be queried again. Use `diffrax.VirtualBrownianTree`, in the solve "
+            "to be undone too."
         )
     if saveat.controller_state or saveat.made_jump:
         raise ValueError(
             "`reverse_solve` does not support `SaveAt(controller_state=True)` and "
-            "`SaveAt(made_jump=True)`."
+            "`SaveAt(made_jump=True)`, as it has no such state. Leave them out."
         )
     if isinstance(adjoint, (diffrax.BacksolveAdjoint, diffrax.ImplicitAdjoint)):
         raise ValueError(
@@ -154,15 +156,15 @@ def reverse_solve(
         )
     if max_steps is None:
         raise ValueError(
-            "`reverse_solve` does not support `max_steps=None`. Use the number of "
-            "steps of the solve, or more."
+            "`reverse_solve` does not support `max_steps=None`. Use "
+            '`max_steps=sol.stats["num_steps"]` of the solve to be undone, or more.'
         )
     check_tolerance("reverse_solve", drift_tolerance)
     if (dt0 is None) == (step_ts is None):
         raise ValueError(
-            "`reverse_solve` needs to know where the steps were: either the constant "
-            "step size `dt0`, or with `dt0=None` their ends `step_ts`, as saved by "
-            "`SaveAt(steps=True)`."
+            "`reverse_solve` needs exactly one of `dt0` and `step_ts`, to know where "
+            "the steps were. After constant steps pass `dt0`; after adaptive steps "
+            "pass `dt0=None` and `step_ts`, as saved by `SaveAt(steps=True)`."
         )
 
     # As diffrax does it.
@@ -192,9 +194,9 @@ def reverse_solve(
     if recorded and saveat.solver_state and drift_tolerance is None:
         raise ValueError(
             "`reverse_solve(..., drift_tolerance=None)` does not support "
-            f"`SaveAt(solver_state=True)` with `{type(solver).__name__}`: a part of "
-            "the state is not known if the solve was resumed. Undo it together with "
-            "that from which it was resumed."
+            f"`SaveAt(solver_state=True)` with `{type(solver).__name__}`, of whose "
+            "state a part is not known if the solve was resumed. Leave `solver_state` "
+            "out, or undo a solve that was not resumed."
         )
 
     def reverse(sub):
@@ -248,9 +250,9 @@ def reverse_solve(
     sol = eqx.error_if(
         sol,
         sol.stats["num_accepted_steps"] != num_steps,
-        "`reverse_solve` did not make as many steps as the solve had. Either `step_ts` "
-        "are not in order, or some are within 100 floating-point numbers of `t0`, and "
-        "then diffrax joins these steps. Use double precision for the times.",
+        "`reverse_solve` did not make as many steps as the solve had. Pass `step_ts` "
+        "in order; and use double precision for times, as diffrax joins steps that end "
+        "within 100 floating-point numbers of `t0`.",
     )
     if drift_tolerance is not None:
         y0 = stop_gradient(jtu.tree_map(lambda x: x[0], y0))
@@ -296,7 +298,7 @@ def _step_times(t0, t1, dt0, step_ts, max_steps, direction) -> Array:
         ts,
         ~jnp.all(is_ordered | ~is_step[1:]) | (ts[jnp.sum(is_step) - 1] != t1),
         "`reverse_solve(step_ts=...)` must be the ends of all steps from `t0` to `t1`, "
-        "in order, as saved by `SaveAt(steps=True)`; and the last of them is `t1`.",
+        "in order and up to `t1` itself, as saved by `SaveAt(steps=True)`.",
     )
 
 
@@ -308,19 +310,22 @@ def _check_is_undone(solver: AbstractReversibleSolver, state: PyTree) -> None:
         return
     name = type(solver).__name__
     if isinstance(solver, UReversible):
-        base = type(solver.solver).__name__
-        remedy = (
-            "Use a number for the coupling parameter, for example "
-            f"`UReversible(diffrax.{base}(), 0.999)`, in that solve too."
-        )
+        base = spelling(solver.solver)
+        remedy = f"Use `UReversible({base}(), 0.999)`, in the solve to be undone too."
+        name = f"{name}({base}())"
     elif getattr(solver, "full_sync", False):
-        remedy = f"Use `{name}(full_sync=False)`, in that solve too."
+        remedy = f"Use `{name}(full_sync=False)`, in the solve to be undone too."
+        name = f"{name}(full_sync=True)"
     else:
-        remedy = "Use another solver, in that solve too."
+        remedy = (
+            "Save what is needed of the solution during the solve, for example with "
+            "`SaveAt(steps=True)`."
+        )
+        name = f"{name}()"
     raise ValueError(
-        f"`reverse_solve` cannot undo steps of this `{name}`: in some of them it "
-        "forgets what is needed to undo them, and asks for a checkpoint, of which a "
-        f"finished solve has none. {remedy}"
+        f"`reverse_solve` cannot undo every step of `{name}`: where a step discards "
+        "information, it can be undone only from a checkpoint, and a finished solve "
+        f"has none. {remedy}"
     )
 
 
@@ -352,8 +357,10 @@ def _recorded(solver, terms, ts, args, y1, state) -> list[Array]:
         and not isinstance(solver, LeapfrogMidpoint)
     ):
         raise NotImplementedError(
-            "`reverse_solve` cannot be used with a solver that has both `recorded` and "
-            f"`steer`, as `{type(solver).__name__}` has: what `steer` chose is lost."
+            f"`reverse_solve` does not support `{type(solver).__name__}`, which has "
+            "both `recorded` and `steer`: what `steer` chose is lost after the solve. "
+            "Save what is needed of the solution during the solve, for example with "
+            "`SaveAt(steps=True)`."
         )
 
     # It does not depend on `y`. So the steps are made from anywhere, and what they
@@ -393,11 +400,11 @@ def _check_start(sol, solver, rebuilt, start, end, tolerance):
     return eqx.error_if(
         sol,
         ~(drift <= tolerance),
-        "`reverse_solve` did not arrive at a state with which a solve starts at `t0`, "
-        f"to `drift_tolerance`, here {tolerance} relative to its size. Either the "
-        "solve was made with other `terms`, `args`, `dt0` or `step_ts`; or rounding "
-        "errors have grown too much on the way back; or, if it was resumed and did not "
-        "start at `t0`, use `drift_tolerance=None`.",
+        "`reverse_solve` arrived at `t0` in a state with which no solve starts, to "
+        f"within `drift_tolerance={tolerance}` of its size. Either `terms`, `args`, "
+        "`dt0` or `step_ts` are not those of the solve to be undone, or rounding "
+        "errors have grown too much on the way back. If that solve was resumed, and so "
+        "did not start at `t0`, use `drift_tolerance=None`.",
     )
 
 

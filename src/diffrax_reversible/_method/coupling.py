@@ -100,7 +100,7 @@ class Coupling(eqx.Module):
             )
         if self.scale == 0:
             raise ValueError(
-                "`Coupling(scale=0)` cannot be undone. Use a scale that is not zero."
+                "`Coupling(scale=0)` cannot be undone. Use a nonzero `scale`."
             )
 
     def scale_at(self, fixed: PyTree) -> Any:
@@ -363,7 +363,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         name = type(self).__name__
         raise NotImplementedError(
             f"`{name}.has_evaluate` is true, but `{name}` has no method `evaluate`. "
-            "Define it, or leave `has_evaluate` out."
+            "Define `evaluate`, or leave `has_evaluate` out."
         )
 
     def evaluate_after_jump(
@@ -381,7 +381,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         registers = self.split(y, solver_state)
         if registers.fixed is not None:
             raise ValueError(
-                f"`{type(self).__name__}.split` must not set `Registers.fixed`. Select "
+                f"`{type(self).__name__}.split` must not set `Registers.fixed`: select "
                 "that part of the solver state in `recorded` instead."
             )
         return registers._replace(fixed=self.recorded(solver_state))
@@ -397,7 +397,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
                     f"`{type(self).__name__}.has_evaluate` needs two couplings, or "
                     "more, the first and the last of which update the same register: "
                     "only then can the last evaluation of a step be the first of the "
-                    "next. Otherwise leave `has_evaluate` out."
+                    "next. Leave `has_evaluate` out if no evaluation is shared."
                 )
         return couplings
 

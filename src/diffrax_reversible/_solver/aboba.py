@@ -155,8 +155,8 @@ class ABOBA(
         levy = diffusion.contr(t0, t1, use_levy=True)
         if not isinstance(levy, diffrax.AbstractSpaceTimeLevyArea):
             raise ValueError(
-                "`ABOBA()` needs a Brownian motion with its space-time Levy area. Use "
-                "for example `VirtualBrownianTree(levy_area=SpaceTimeLevyArea)`."
+                "`ABOBA()` needs the space-time Levy area of the Brownian motion. Use "
+                "`VirtualBrownianTree(..., levy_area=diffrax.SpaceTimeLevyArea)`."
             )
         x0, _ = y0
         same = [
@@ -172,7 +172,8 @@ class ABOBA(
             jnp.zeros((), precision(y0).dtype),
             ~jnp.all(jnp.array(same)),
             "`ABOBA()` needs `gamma` and `u` to be the same in both of "
-            "`UnderdampedLangevinDriftTerm` and `UnderdampedLangevinDiffusionTerm`.",
+            "`UnderdampedLangevinDriftTerm` and `UnderdampedLangevinDiffusionTerm`. "
+            "Pass the same values to both.",
         )
         return _SolverState(spent, jnp.array(False), jnp.array(False))
 

@@ -104,7 +104,7 @@ class AsynchronousLeapfrog(
         if full_sync and self.damping != 1:
             raise ValueError(
                 "`AsynchronousLeapfrog(damping=..., full_sync=True)`: use one or the "
-                "other. A full sync needs `damping=1`, and leaves nothing to damp."
+                "other, as `full_sync=True` needs `damping=1`."
             )
 
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
@@ -237,8 +237,8 @@ def _check_damping(damping) -> float:
         ) from e
     if as_float == 0.5:
         raise ValueError(
-            "`AsynchronousLeapfrog(damping=0.5)` forgets the velocity altogether, and "
-            "cannot be undone. Use another number, best close to 1."
+            "`AsynchronousLeapfrog(damping=0.5)` discards the velocity, so that a step "
+            "cannot be undone. Use another `damping`, best close to 1."
         )
     if not (math.isfinite(as_float) and 0 < as_float <= 1):
         raise ValueError(

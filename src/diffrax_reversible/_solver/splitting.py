@@ -144,26 +144,26 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
         kicks, drifts = self.kicks, self.drifts
         if abs(len(kicks) - len(drifts)) != 1 or 0 in (len(kicks), len(drifts)):
             raise ValueError(
-                f"`{name}.kicks` and `{name}.drifts` must take turns, beginning and "
-                "ending with the same one: there must be one more of either. Got "
-                f"{len(kicks)} and {len(drifts)} of them."
+                f"`{name}.kicks` and `{name}.drifts` must differ in length by one, as "
+                "they take turns and the first sub-step is of the kind of the last; "
+                f"got {len(kicks)} kicks and {len(drifts)} drifts."
             )
         for attribute, fractions in (("kicks", kicks), ("drifts", drifts)):
             if abs(math.fsum(fractions) - 1) > 1e-12:
                 raise ValueError(
-                    f"`{name}.{attribute}` must add up to 1, for they are fractions of "
-                    f"a step; got {math.fsum(fractions)!r}. Divide them by that."
+                    f"`{name}.{attribute}` must add up to 1, as they are fractions of "
+                    f"a step; they add up to {math.fsum(fractions)!r}."
                 )
             if any(abs(a - b) > 1e-12 for a, b in zip(fractions, fractions[::-1])):
                 raise ValueError(
-                    f"`{name}.{attribute}` must be a palindrome; got {fractions}. A "
-                    "method that is not symmetric can be written as an "
+                    f"`{name}.{attribute}` must be a palindrome; got {fractions}. "
+                    "Write a method that is not symmetric as an "
                     "`AbstractCouplingSolver`."
                 )
             if 0 in fractions:
                 raise ValueError(
                     f"`{name}.{attribute}` must not have zeros in it; got {fractions}. "
-                    "Leave such a sub-step out, and join its neighbours."
+                    "Leave sub-steps of no length out, and join their neighbours."
                 )
 
     @property

@@ -11,12 +11,12 @@ from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
 from .._method import controlled as controlled
-from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
 from .._method.interpolation import has_own_interpolation
 from .._method.srk import srk_control, srk_increment
 from .._method.tree import stop_gradient
+from .bases import check_base, spelling
 
 
 _SolverState: TypeAlias = PyTree
@@ -122,7 +122,7 @@ class UReversible(
         solver: diffrax.AbstractSolver,
         coupling_parameter: float | int | Literal["auto"] = "auto",
     ):
-        _check_base(solver)
+        check_base(solver)
         self.solver = solver  # pyright: ignore[reportAttributeAccessIssue]
         self.coupling_parameter = _check_coupling_parameter(coupling_parameter)
 
@@ -189,10 +189,12 @@ class UReversible(
         is_stratonovich = isinstance(self.solver, diffrax.AbstractStratonovichSolver)
         noisy = is_sde(terms) or self._is_srk
         if noisy and not is_stratonovich:
+            name = spelling(self.solver)
             raise ValueError(
-                f"`UReversible({type(self.solver).__name__}())` cannot solve an SDE, "
-                f"as `{type(self.solver).__name__}` is not marked as converging to the "
-                "Stratonovich solution. Use for example `UReversible(diffrax.Heun())`."
+                f"`UReversible({name}())` cannot solve an SDE, as `{name}` is not "
+                "marked as converging to the Stratonovich solution. Use "
+                "`UReversible(diffrax.Heun())`, or for strong order 1.5 with additive "
+                "noise `UReversible(diffrax.ShARK())`."
             )
         if self._is_srk:
             # Checks the diffusion; as does this, which is what it lacks.
@@ -409,56 +411,6 @@ def _check_coupling_parameter(value) -> float | Literal["auto"]:
             f'1, or "auto"; got {value}.'
         )
     return as_float
-
-
-def _check_base(solver: diffrax.AbstractSolver) -> None:
-    # Not `isinstance`, which looks through wrappers such as `HalfSolver`.
-    if issubclass(type(solver), AbstractReversibleSolver):
-        raise ValueError(
-            f"`UReversible({type(solver).__name__}(...))`: the wrapped solver "
-            "is reversible already, and can be used as it is."
-        )
-    if isinstance(solver, type):
-        name, got = solver.__name__, f"the class `{solver.__name__}` itself"
-    else:
-        name = type(solver).__name__
-        got = f"`{name}`"
-    host = diffrax.AbstractSRK if _is_srk(solver) else diffrax.AbstractERK
-    if not issubclass(type(solver), host):
-        message = (
-            "`UReversible(solver)` needs an instance of an explicit Runge--Kutta "
-            "solver, that is a subclass of `diffrax.AbstractERK`, such as "
-            "`diffrax.Tsit5()`, or for SDEs of `diffrax.AbstractSRK`, such as "
-            f"`diffrax.SPaRK()`; got {got}. Any other solver can be used as it is, "
-            "with `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-        )
-        if isinstance(solver, diffrax.AbstractItoSolver):
-            message += (
-                " (That converges to the Ito solution of an SDE, and reversible "
-                "solvers to the Stratonovich solution: change the drift accordingly.)"
-            )
-        raise ValueError(message)
-    if not isinstance(
-        cast(Any, solver).tableau,
-        (diffrax.ButcherTableau, diffrax.StochasticButcherTableau),
-    ):
-        raise ValueError(
-            f"`UReversible({name}())` is not supported, as `{name}` has several "
-            "tableaus. Use a solver with a single tableau, such as `diffrax.Tsit5()`."
-        )
-    if type(solver).step is not host.step:
-        raise ValueError(
-            f"`UReversible({name}())` is not supported, as `{name}` has a `step` of "
-            "its own, and `UReversible` makes its steps from the tableau. Use a solver "
-            "that is given by its tableau alone, such as `diffrax.Tsit5()`."
-        )
-    if not _is_srk(solver):
-        has_own_interpolation(cast(diffrax.AbstractERK, solver))
-
-
-def _is_srk(solver: diffrax.AbstractSolver) -> bool:
-    # Not `isinstance`, as above.
-    return issubclass(type(solver), diffrax.AbstractSRK)
 
 
 def _check_product(terms, t0, t1, y0, args):
