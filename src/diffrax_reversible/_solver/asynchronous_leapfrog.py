@@ -31,10 +31,37 @@ class AsynchronousLeapfrog(
     diffrax.AbstractAdaptiveSolver[_SolverState],
     diffrax.AbstractStratonovichSolver[_SolverState],
 ):
-    r"""The asynchronous leapfrog method, with its reverse.
+    r"""The asynchronous leapfrog method, with its reverse. Use it where a vector field
+    is costly: it makes one evaluation a step.
 
-    With a velocity $v$ next to $y$, $v_0 = f(t_0, y_0)$, a step over a control
-    increment $\Delta x$ is
+    Of order 2 (of **order 1** with a `damping` other than 1), with an embedded error
+    estimate of order 1, so that step sizes can be adaptive. When used to solve SDEs,
+    with `damping=1`, converges to the Stratonovich solution, with strong order 0.5.
+
+    Each step makes one evaluation of the vector field, and one evaluation with its
+    pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]; one
+    more is made at the very start. The solver state is a velocity $v$, of the
+    structure, shapes and dtypes of the vector field, so that with `y` it takes twice
+    the memory of `y`. Uses 2nd order interpolation for dense/ts output, without further
+    evaluations.
+
+    !!! warning
+
+        Unstable on every component of the solution that decays: the error of $v$
+        changes its sign in every step, and grows like $e^{-at}$ along a component that
+        behaves like $e^{at}$. On `y' = -5 y` over a time of 10, with a thousand steps,
+        the error is 2e+15; and under a step size controller the steps become so small
+        that `max_steps` is reached. Use [`diffrax_reversible.UReversible`][] there, or
+        `AsynchronousLeapfrog(full_sync=True)`: that is accurate again, and starts anew
+        in 19 of these steps. A jump of the vector field has the same effect, as $v$ is
+        carried across it, and the same remedy.
+
+        With $\eta < 1$ the method is stable there, but of order 1; and undoing a step
+        amplifies rounding errors by $1 / |1 - 2 \eta|$. For $\eta = 0.9$ that is a
+        factor of 5e+9 in a hundred steps.
+
+    **How it works.** With $v_0 = f(t_0, y_0)$, a step over a control increment $\Delta
+    x$ is
 
     $y \leftarrow y + \frac{1}{2} v \Delta x$
 
@@ -42,33 +69,9 @@ class AsynchronousLeapfrog(
 
     $y \leftarrow y + \frac{1}{2} v \Delta x$
 
-    with the damping $\eta = 1$ by default. Of order 2, with an embedded error estimate
-    of order 1 (half of the change of $v$, times $\Delta x$). With any other damping it
-    is of **order 1**: $v$ then lags behind by $h y'' (1 - \eta) / (2 \eta)$, and the
-    error is of the first order in that.
-
-    Each step makes one evaluation of the vector field, and one evaluation with its
-    pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]; one
-    more is made at the very start. The solver state is $v$, of the structure of the
-    vector field. Uses 2nd order interpolation for dense/ts output, which needs no
-    further evaluations.
-
-    With $\eta = 1$, when used to solve SDEs, converges to the Stratonovich solution.
-
-    !!! warning
-
-        The error of $v$ changes its sign in every step, and grows like $e^{-at}$ along
-        a component that behaves like $e^{at}$: the method is unstable on every
-        component that decays. On `y' = -5 y` over a time of 10, with a thousand steps,
-        the error is 2e+15; and under a step size controller the steps become so small
-        that `max_steps` is reached. The cure is [`diffrax_reversible.UReversible`][],
-        or `AsynchronousLeapfrog(full_sync=True)`: that is accurate again, and starts
-        anew in 19 of these steps. A jump of the vector field has the same effect, as
-        $v$ is carried across it, and the same cure.
-
-        With $\eta < 1$ the method is stable there, but of order 1; and undoing a step
-        amplifies rounding errors by $1 / |1 - 2 \eta|$. For $\eta = 0.9$ that is a
-        factor of 5e+9 in a hundred steps.
+    with the `damping` $\eta$. The error estimate is half of the change of $v$, times
+    $\Delta x$. With $\eta < 1$, $v$ lags behind by $h y'' (1 - \eta) / (2 \eta)$, and
+    the error is of the first order in that.
 
     ??? cite "Reference"
 
@@ -250,12 +253,12 @@ def _check_damping(damping) -> float:
 
 AsynchronousLeapfrog.__init__.__doc__ = """**Arguments:**
 
-- `damping`: The number $\\eta$ of Zhuang et al., with `0 < damping <= 1`. Not 1/2, for
+- `damping`: The number $\\eta$ of the method, with `0 < damping <= 1`. Not 1/2, for
     then nothing remains of the velocity, and a step cannot be undone.
-- `full_sync`: If true then the method is started anew, from $v = f(t, y)$, with one
-    more evaluation of the vector field, when the part of the error estimate that
-    changes its sign from step to step has become four times the part that does not.
-    That keeps it stable. But such a step takes a slot from
+- `full_sync`: If true then the method starts anew, from $v = f(t, y)$, with one more
+    evaluation of the vector field, when the part of the error estimate that changes its
+    sign from step to step has become four times the part that does not. That keeps it
+    stable. But the state at such a step is stored, as one of
     `ReversibleAdjoint(checkpoints=...)`.
 
 **Raises:**

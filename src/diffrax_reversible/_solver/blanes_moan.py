@@ -30,18 +30,21 @@ def _even(half: tuple[float, ...]) -> tuple[float, ...]:
 
 @final
 class BlanesMoan4(AbstractSplitting):
-    r"""The method of order 4 of Blanes & Moan: symplectic, with its reverse.
+    r"""Blanes & Moan's symplectic method of order 4, with its reverse. Of the methods of
+    order 4, use this one: for N-body problems and molecular dynamics.
 
     A splitting with 7 kicks and 6 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
-    arranged as for [`diffrax.SemiImplicitEuler`][]. Each step makes 6 evaluations of
-    each vector field, and as many with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the evaluation that
-    neighbouring steps share. Has no error estimate. Dense output is of order 3. For
-    more see [`diffrax_reversible.AbstractSplitting`][].
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 4. Has no error
+    estimate. Cannot solve SDEs.
 
-    Its coefficients were optimised for a small error: this is the method of order 4 to
-    use. It does not ask for a kinetic energy that is quadratic, as methods of
-    Nystrom's type do.
+    Each step makes 6 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 3, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    Its coefficients were optimised for a small error. The kinetic energy need not be
+    quadratic, as it must be for methods of Nystrom's type.
 
     ??? cite "Reference"
 
@@ -68,18 +71,21 @@ class BlanesMoan4(AbstractSplitting):
 
 @final
 class BlanesMoan6(AbstractSplitting):
-    r"""The method of order 6 of Blanes & Moan: symplectic, with its reverse.
+    r"""Blanes & Moan's symplectic method of order 6, with its reverse. Of the methods of
+    order 6, use this one: for N-body problems and molecular dynamics, very accurately.
 
     A splitting with 11 kicks and 10 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
-    arranged as for [`diffrax.SemiImplicitEuler`][]. Each step makes 10 evaluations of
-    each vector field, and as many with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the evaluation that
-    neighbouring steps share. Has no error estimate. Dense output is of order 3. For
-    more see [`diffrax_reversible.AbstractSplitting`][].
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 6. Has no error
+    estimate. Cannot solve SDEs.
 
-    Its coefficients were optimised for a small error: this is the method of order 6 to
-    use. It does not ask for a kinetic energy that is quadratic, as methods of
-    Nystrom's type do.
+    Each step makes 10 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 3, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    Its coefficients were optimised for a small error. The kinetic energy need not be
+    quadratic, as it must be for methods of Nystrom's type.
 
     ??? cite "Reference"
 

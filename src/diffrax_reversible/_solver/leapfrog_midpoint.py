@@ -25,22 +25,21 @@ class _Memo(NamedTuple):
 
 @final
 class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
-    r"""The leapfrog/midpoint method, with its reverse.
+    r"""The leapfrog/midpoint method, with its reverse. Use it for oscillations, with
+    [`diffrax.ConstantStepSize`][] or [`diffrax.StepTo`][]: it makes one evaluation a
+    step, and has no error estimate.
 
-    The steps are those of [`diffrax.LeapfrogMidpoint`][], of order 2 if they are even:
-
-    $y_{n+1} = y_{n-1} + (t_{n+1} - t_{n-1}) f(t_n, y_n)$
-
-    where the first of them is an Euler step, $t_{-1} = t_0$ and $y_{-1} = y_0$. Has no
-    error estimate.
+    The steps are those of [`diffrax.LeapfrogMidpoint`][], of order 2 if they are even.
+    Not for SDEs.
 
     Each step makes one evaluation of the vector field, and one evaluation with its
     pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The
-    solver state is $(t_{n-1}, y_{n-1})$; the time in it is recorded for every step, as
-    uneven steps cannot be undone without it.
+    solver state is $(t_{n-1}, y_{n-1})$, of the structure, shapes and dtypes of `t0`
+    and `y`, so that with `y` it takes twice the memory of `y`. The time in it is
+    recorded for every step, as uneven steps cannot be undone without it.
 
     Uses 2nd order Hermite interpolation for dense/ts output, from $y_n$, $f(t_n, y_n)$
-    and $y_{n+1}$ (and through $y_{n-1}$ if the steps are even), which needs no further
+    and $y_{n+1}$ (and through $y_{n-1}$ if the steps are even), without further
     evaluations. The error is of order 2 at all times, as with the local linear
     interpolation of [`diffrax.LeapfrogMidpoint`][]; and that of the derivative of order
     1 with either, as whatever passes through each $y_n$ follows the parasitic solution
@@ -48,12 +47,19 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
 
     !!! warning
 
-        The method has a parasitic solution that grows like $e^{-at}$ along a component
-        that behaves like $e^{at}$, and changes its sign from step to step: it is
-        unstable on every component that decays. On `y' = -5 y` over a time of 10, with
-        a thousand steps, the error is 3e+18. The cure is
-        [`diffrax_reversible.UReversible`][], or `LeapfrogMidpoint(full_sync=True)`:
-        that is accurate again, and starts anew in 66 of these steps.
+        Unstable on every component of the solution that decays: the method has a
+        parasitic solution that grows like $e^{-at}$ along a component that behaves like
+        $e^{at}$, and changes its sign from step to step. On `y' = -5 y` over a time of
+        10, with a thousand steps, the error is 3e+18. Use
+        [`diffrax_reversible.UReversible`][] there, or
+        `LeapfrogMidpoint(full_sync=True)`: that is accurate again, and starts anew in
+        66 of these steps.
+
+    **How it works.** A step is
+
+    $y_{n+1} = y_{n-1} + (t_{n+1} - t_{n-1}) f(t_n, y_n)$
+
+    where the first is an Euler step, $t_{-1} = t_0$ and $y_{-1} = y_0$.
 
     ??? cite "Reference"
 
@@ -218,10 +224,10 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
 
 LeapfrogMidpoint.__init__.__doc__ = """**Arguments:**
 
-- `full_sync`: If true then the method is started anew, with an Euler step, when the
-    parasitic solution has become four times the second difference of the true one.
-    That keeps it stable. But such a step is no longer that of
-    [`diffrax.LeapfrogMidpoint`][], and takes a slot from
+- `full_sync`: If true then the method starts anew, with an Euler step, when the
+    parasitic solution has become four times the second difference of the true one. That
+    keeps it stable. But such a step is no longer that of
+    [`diffrax.LeapfrogMidpoint`][], and the state at it is stored, as one of
     `ReversibleAdjoint(checkpoints=...)`.
 - `interpolation`: `"hermite"`, or `"linear"` for that of
     [`diffrax.LeapfrogMidpoint`][].

@@ -23,39 +23,44 @@ class ReversibleHeun(
     diffrax.AbstractAdaptiveSolver[_SolverState],
     diffrax.AbstractStratonovichSolver[_SolverState],
 ):
-    r"""The reversible Heun method, with its reverse.
+    r"""The reversible Heun method, with its reverse. Use it for SDEs, and where a
+    vector field is costly: it makes one evaluation a step.
 
     The steps are those of [`diffrax.ReversibleHeun`][], of order 2 with an embedded
-    error estimate of order 1. With a second register $\hat y$ they are, over a control
-    increment $\Delta x$,
+    error estimate of order 1, so that step sizes can be adaptive. When used to solve
+    SDEs, converges to the Stratonovich solution, with strong order 0.5.
+
+    Each step makes one evaluation of the vector field, as the last one is kept for the
+    next step; and one evaluation with its pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is $(\hat y, f)$, so
+    that with `y` it takes the memory of three `y`. Here $\hat y$ has the structure,
+    shapes and dtypes of `y`, and $f$ those of the vector field. Uses 3rd order Hermite
+    interpolation for dense/ts output, from the slopes at $\hat y$, without further
+    evaluations: the output is of order 2 at all times, and so is its derivative.
+    ([`diffrax.ReversibleHeun`][] has local linear interpolation, with a derivative of
+    order 1.)
+
+    !!! warning
+
+        Unstable on every component of the solution that decays: the difference $y -
+        \hat y$ grows by $e^{-ah}$ in each step along a component that behaves like
+        $e^{at}$. On `y' = -5 y` over a time of 10, with a thousand steps, the error is
+        2e+15. Use [`diffrax_reversible.UReversible`][] there, or
+        `ReversibleHeun(full_sync=True)`: that is accurate again, but starts anew in
+        every third of these steps.
+
+    At a jump of the vector field (see [`diffrax.ClipStepSizeController`][]) the kept
+    evaluation is replaced by one at $y$, which cannot be undone. So the state at such a
+    step is stored, as one of `ReversibleAdjoint(checkpoints=...)`.
+
+    **How it works.** With a second copy $\hat y$ of the solution, a step over a control
+    increment $\Delta x$ is
 
     $y \leftarrow y + \frac{1}{2} f(t_0, \hat y) \Delta x$
 
     $\hat y \leftarrow -\hat y + 2 y$
 
     $y \leftarrow y + \frac{1}{2} f(t_1, \hat y) \Delta x$
-
-    Each step makes one evaluation of the vector field, as the last one is kept for the
-    next step; and one evaluation with its pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is $(\hat y, f)$. Uses
-    3rd order Hermite interpolation for dense/ts output, from the slopes at $\hat y$,
-    which needs no further evaluations: the output is of order 2 at all times, and so is
-    its derivative. ([`diffrax.ReversibleHeun`][] has local linear interpolation, with a
-    derivative of order 1.)
-
-    When used to solve SDEs, converges to the Stratonovich solution.
-
-    At a jump of the vector field (see [`diffrax.ClipStepSizeController`][]) the kept
-    evaluation is replaced by one at $y$, which cannot be undone. Such steps take a slot
-    each from `ReversibleAdjoint(checkpoints=...)`.
-
-    !!! warning
-
-        The difference $y - \hat y$ grows by $e^{-ah}$ in each step along a component
-        that behaves like $e^{at}$, that is on every component that decays. On `y' = -5
-        y` over a time of 10, with a thousand steps, the error is 2e+15. The cure is
-        [`diffrax_reversible.UReversible`][], or `ReversibleHeun(full_sync=True)`: that
-        is accurate again, but starts anew in every third of these steps.
 
     ??? cite "Reference"
 
@@ -194,12 +199,12 @@ class ReversibleHeun(
 
 ReversibleHeun.__init__.__doc__ = """**Arguments:**
 
-- `full_sync`: If true then a step in which the distance of `y` and `yhat` has grown
-    beyond the error estimate of the step before starts from `yhat = y`, with one more
-    evaluation of the vector field. That keeps the method stable. But such a step is no
-    longer that of [`diffrax.ReversibleHeun`][], and it takes a slot from
-    `ReversibleAdjoint(checkpoints=...)`; and the backward pass makes two evaluations
-    more a step.
+- `full_sync`: If true then a step starts from $\\hat y = y$, with one more evaluation
+    of the vector field, if the distance of the two has grown beyond the error estimate
+    of the step before. That keeps the method stable. But such a step is no longer that
+    of [`diffrax.ReversibleHeun`][], the state at it is stored, as one of
+    `ReversibleAdjoint(checkpoints=...)`, and the backward pass makes two evaluations
+    more for each step.
 - `interpolation`: `"hermite"`, or `"linear"` for that of [`diffrax.ReversibleHeun`][].
 
 **Raises:**

@@ -13,24 +13,28 @@ _SolverState: TypeAlias = None
 
 @final
 class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
-    r"""The semi-implicit (symplectic) Euler method, with its reverse.
+    r"""The semi-implicit (symplectic) Euler method, with its reverse. Use it where
+    [`diffrax.SemiImplicitEuler`][] would be used;
+    [`diffrax_reversible.StormerVerlet`][] costs the same and is of order 2.
 
-    The steps are those of [`diffrax.SemiImplicitEuler`][], of order 1: for
-    `terms=(term_1, term_2)` and `y=(p, q)`, over control increments $\Delta x$,
+    The steps are those of [`diffrax.SemiImplicitEuler`][], of order 1, for
+    `terms=(term_1, term_2)` and `y=(p, q)`. Has no error estimate, and cannot solve
+    SDEs.
+
+    Each step makes one evaluation of each vector field, and one evaluation of each with
+    its pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][].
+    There is no solver state.
+
+    Uses 1st order local linear interpolation for dense/ts output. That loses nothing:
+    its error is of second order in the step size, next to one of first order in the
+    solution. (No better one can be made from the two evaluations of a step: the slopes
+    that these give, of $p$ at its start and of $q$ at its end, are those of the line.)
+
+    **How it works.** Over control increments $\Delta x_1$ and $\Delta x_2$ a step is
 
     $p \leftarrow p + f_1(t_0, q) \Delta x_1$
 
     $q \leftarrow q + f_2(t_0, p) \Delta x_2$
-
-    Has no error estimate, and no solver state. Each step makes one evaluation of each
-    vector field, and one evaluation of each with its pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][].
-
-    Uses 1st order local linear interpolation for dense/ts output. That loses nothing:
-    its error is of second order in the step size, next to one of first order in the
-    solution. And there is none better to be had from the two evaluations of a step, as
-    the slopes that these give, of $p$ at its start and of $q$ at its end, are those of
-    the line.
 
     ??? cite "Reference"
 

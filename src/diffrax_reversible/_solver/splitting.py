@@ -75,19 +75,8 @@ class SplittingInterpolation(diffrax.AbstractLocalInterpolation):
 
 
 class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
-    r"""Abstract base class for palindromic splittings: symmetric methods for
-    `terms=(term_1, term_2)` and `y=(p, q)`, in which `term_1` gives the change of `p`
-    from `q`, and `term_2` that of `q` from `p`. For Hamiltonian systems they are
-    symplectic.
-
-    The arrangement is that of [`diffrax.SemiImplicitEuler`][]. A step consists of
-    *kicks* and *drifts* by turns,
-
-    $p \leftarrow p + b_j h f_1(t_q, q), \quad q \leftarrow q + a_i h f_2(t_p, p)$
-
-    where $t_q$ and $t_p$ are the times at which $q$ and $p$ are. (Each moves on with
-    the sub-steps of its own variable, so that the order holds for vector fields that
-    depend on time.) A subclass has nothing but the fractions and the order:
+    r"""Abstract base class for palindromic splittings. Subclass it to write a symmetric
+    method, for Hamiltonian systems a symplectic one, with nothing but its coefficients.
 
     !!! example
 
@@ -104,26 +93,48 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
                 return 2
         ```
 
-    If there is one kick more than there are drifts then a step begins and ends with a
-    kick, and if there is one drift more then with a drift. The sub-steps at both ends
-    share their evaluation with the neighbouring steps, so that a step makes as many
-    evaluations of each vector field as there are of the rarer sub-steps; and as many
-    evaluations with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The shared evaluation is the solver
-    state. There is no error estimate.
+    For `terms=(term_1, term_2)` and `y=(p, q)`, arranged as for
+    [`diffrax.SemiImplicitEuler`][]: `term_1` gives the change of `p` from `q`, and
+    `term_2` that of `q` from `p`. Has no error estimate.
 
-    Dense output needs no further evaluations. It is a polynomial through the values at
-    both ends, with corrections from the increments of the sub-steps, of as high an
+    **Attributes:**
+
+    - `kicks`: The fractions of the step by which `p` moves in the sub-steps that update
+        it, in order: a tuple of floats that add up to 1. It reads the same backwards,
+        and has no zeros.
+    - `drifts`: The same for `q`. If there is one kick more than there are drifts then a
+        step begins and ends with a kick, and if there is one drift more then with a
+        drift.
+
+    **Raises:**
+
+    - `ValueError`, when an instance is made, if `kicks` or `drifts` are not like that;
+        and, when a solve starts, for an SDE if one of them is negative.
+
+    **Cost:** The sub-steps at both ends share their evaluation with the neighbouring
+    steps, so that a step makes as many evaluations of each vector field as there are of
+    the rarer sub-steps; and as many with their pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. The shared evaluation is the solver
+    state.
+
+    **Dense output** needs no further evaluations. It is a polynomial through the values
+    at both ends, with corrections from the increments of the sub-steps, of as high an
     order up to 4 as they allow: the docstring of each method says of which. A
     Stormer--Verlet step has a single increment of one of the variables, and that is
     interpolated linearly.
 
-    Which of the two begins is a matter of naming: with `terms=(term_2, term_1)` and
-    `y=(q, p)` a method with a kick at both ends becomes one with a drift at both ends.
-    Of the methods here neither form is the better one on all problems.
+    **How it works.** A step consists of *kicks* and *drifts* by turns,
 
-    The control of a sub-step is the increment of the control of its term over the
-    times between which its own variable moves; so the order holds for a
+    $p \leftarrow p + b_j h f_1(t_q, q), \quad q \leftarrow q + a_i h f_2(t_p, p)$
+
+    where $t_q$ and $t_p$ are the times at which $q$ and $p$ are. (Each moves on with
+    the sub-steps of its own variable, so that the order holds for vector fields that
+    depend on time.) Which of the two begins is a matter of naming: with `terms=(term_2,
+    term_1)` and `y=(q, p)` a method with a kick at both ends becomes one with a drift
+    at both ends. Of the methods here neither form is the better one on all problems.
+
+    The control of a sub-step is the increment of the control of its term over the times
+    between which its own variable moves. So the order holds for a
     [`diffrax.ControlTerm`][] with a smooth control too, but the order of the dense
     output does not. In methods of order 3 or more some sub-steps go backwards, and the
     vector fields and controls may be evaluated a little outside of the step. Such

@@ -9,11 +9,22 @@ from .splitting import AbstractSplitting
 
 @final
 class StormerVerlet(AbstractSplitting, diffrax.AbstractStratonovichSolver[PyTree]):
-    r"""The Stormer--Verlet or leapfrog method, of order 2 and symplectic, with its
-    reverse.
+    r"""The Stormer--Verlet or leapfrog method: of order 2 and symplectic, with its
+    reverse. Use it for N-body problems and molecular dynamics.
 
     For `terms=(term_1, term_2)` and `y=(p, q)`, arranged as for
-    [`diffrax.SemiImplicitEuler`][]. In the velocity form (kick, drift, kick) a step is
+    [`diffrax.SemiImplicitEuler`][]. Has no error estimate. When used to solve SDEs,
+    converges to the Stratonovich solution, with strong order 0.5.
+
+    Each step makes one evaluation of each vector field, as the last one is kept for the
+    next step; and one evaluation of each with its pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is that evaluation, of
+    the shape of `p` or of `q`. For an SDE a step queries the Brownian motion twice.
+    Dense output is quadratic in the variable that moves at both ends, and 1st order
+    linear in the other, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    **How it works.** In the velocity form (kick, drift, kick) a step is
 
     $p \leftarrow p + \frac{h}{2} f_1(t_0, q)$
 
@@ -22,16 +33,6 @@ class StormerVerlet(AbstractSplitting, diffrax.AbstractStratonovichSolver[PyTree
     $p \leftarrow p + \frac{h}{2} f_1(t_1, q)$
 
     and in the position form (drift, kick, drift) the two change places.
-
-    Each step makes one evaluation of each vector field, as the last one is kept for the
-    next step; and one evaluation of each with its pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is that evaluation. Has
-    no error estimate. Dense output is quadratic in the variable that moves at both
-    ends, and 1st order linear in the other. For more see
-    [`diffrax_reversible.AbstractSplitting`][].
-
-    When used to solve SDEs, converges to the Stratonovich solution; a step queries the
-    Brownian motion twice.
 
     ??? cite "Reference"
 

@@ -26,11 +26,63 @@ _SolverState: TypeAlias = PyTree
 class UReversible(
     AbstractCouplingSolver[_SolverState], diffrax.AbstractWrappedSolver[_SolverState]
 ):
-    r"""Makes an explicit Runge--Kutta solver, for ODEs or for SDEs, algebraically
+    r"""Makes an explicit Runge--Kutta solver, for ODEs or SDEs, algebraically
     reversible.
 
-    Let $\Psi_h(t, y)$ be the increment of the wrapped solver over a step of size $h$.
-    Alongside $y$ a second copy $z$ of the solution is kept, $z_0 = y_0$, and a step is
+    The solver to try first, with [`diffrax_reversible.ReversibleAdjoint`][]:
+    `UReversible(diffrax.Tsit5())` for ODEs, `UReversible(diffrax.Heun())` for
+    Stratonovich SDEs.
+
+    Has the order and the stability of the wrapped solver, and its embedded error
+    estimate, so that step sizes can be adaptive. Each step makes `2s` evaluations of
+    the vector field, where `s` is the number of stages of the wrapped solver (6 for
+    [`diffrax.Tsit5`][]: a last stage that only its error estimate needs does not count,
+    as it is shared with the other half of the step). Each step of the backward pass
+    makes `2s` evaluations too, `s` of them with a pullback (and one more for output at
+    times between steps); or all of them, if `coupling_parameter` is a number.
+
+    A second copy `z` of the solution is carried along, so that `y` and the solver state
+    take twice the memory of `y`. The solver state is `(y - z, code, account)`. Here `y
+    - z` has the structure, shapes and dtypes of `y`. `code` is the coupling $m$ below,
+    as a `uint8`, and is the one byte that is recorded for every step. `account` has
+    two `float32` scalars (three for an SDE) and a boolean, from which the next coupling
+    is chosen. If `coupling_parameter` is a number then the solver state is `z`.
+
+    Uses the interpolation of the wrapped solver for dense/ts output, without further
+    evaluations: of order 5 for `Tsit5` and `Dopri5`, 6 for `Dopri8`; and one less for
+    the derivative. Where the wrapped solver has linear interpolation, or the cubic of
+    diffrax's lower order solvers, 3rd order Hermite interpolation with the slopes at
+    both ends takes its place. (For `Midpoint` and `Ralston` that gives a derivative of
+    order 2, in place of 1.)
+
+    When used to solve SDEs, converges to the Stratonovich solution, and needs a wrapped
+    solver that does. That may be a stochastic Runge--Kutta solver, such as
+    [`diffrax.ShARK`][] for additive, [`diffrax.SlowRK`][] for commutative and
+    [`diffrax.SPaRK`][] for general noise. The strong order is that of the wrapped
+    solver for this kind of noise. Here `s` counts the drifts and diffusions in its
+    stages (of additive noise, one diffusion at either end of the step). The Brownian
+    motion needs the Levy area that the wrapped solver does, and is queried once a step,
+    and once more on the backward pass. Dense output is linear. In solves from a later
+    to an earlier time the steps differ from those of diffrax's own solvers (0.7.2),
+    which take the drift with the wrong sign there.
+
+    !!! warning
+
+        On a dissipative problem steps are damped to stay stable. A damped step discards
+        information, so rounding errors grow in the backward pass. The solver estimates
+        by how much, and has a state stored before that is too much: at none or few
+        steps on a conservative problem, at very many on a strongly dissipative one. See
+        `sol.stats["num_checkpoints"]` and [`diffrax_reversible.diagnose`][].
+
+    !!! warning
+
+        With a number as the coupling, $y - z$ is multiplied by about $\lambda e^{-ah}$
+        in each step along a component of the solution that behaves like $e^{at}$. So on
+        every component that decays it **grows**, and in time spoils the solution; or,
+        with adaptive steps, it makes the steps so small that `max_steps` is reached.
+
+    **How it works.** Let $\Psi_h(t, y)$ be the increment of the wrapped solver over a
+    step of size $h$. With $z_0 = y_0$, a step is
 
     $z' = m z_n + (1 - m) y_n$
 
@@ -39,68 +91,20 @@ class UReversible(
     $z_{n+1} = z' - \Psi_{-h}(t_{n+1}, y_{n+1})$
 
     It is undone by solving these for $z'$, $y_n$ and $z_n$, in this order. The coupling
-    $m = m_n$ is chosen anew for each step: 1 as long as $y - z$ is small, and otherwise
-    what makes it small again, so that $y$ is as good a solution as the wrapped
-    solver's, on dissipative problems too. With $m < 1$ some information on $z$ is
-    forgotten, and rounding errors grow on the way back. The solver keeps an account of
-    this, and before it is too much asks for a checkpoint, of which
-    [`diffrax_reversible.ReversibleAdjoint`][] stores a fixed number. On a conservative
-    problem there are few or none, and on a strongly dissipative one very many; see
-    `sol.stats["num_checkpoints"]` and [`diffrax_reversible.diagnose`][]. What is known
-    of order, stability and information is derived in the module
-    `diffrax_reversible._method.controlled`.
+    $m = m_n$ is chosen anew for each step, from $y$, $z$ and the error estimate: 1 as
+    long as $y - z$ is small, and otherwise what makes it small again. So the solution
+    does not depend on the adjoint, nor on rejected steps. When a step is differentiated
+    $m$ is a constant, and so is $y_n - z_n$: the derivative is that of a step of the
+    wrapped solver from $z'$. (It is the same for all adjoints, but not for finite
+    differences of a coarse solve.) Order, stability and the growth of rounding errors
+    are derived in the module `diffrax_reversible._method.controlled`, and the strong
+    order in `diffrax_reversible._method.srk`.
 
-    The choice is a part of the step, and made from `y`, `z` and the error estimate:
-    the solution does not depend on the adjoint, nor on rejected steps. For the purpose
-    of differentiation it is a constant, and so is $y_n - z_n$: the derivative of a step
-    is that of a step of the wrapped solver from $z'$. (It is the same for all adjoints,
-    but not for finite differences of a coarse solve.)
-
-    If `coupling_parameter` is a number $\lambda$ then a step is that of the reference
-    instead,
+    If `coupling_parameter` is a number $\lambda$ then a step is that of the reference,
 
     $y_{n+1} = \lambda y_n + (1 - \lambda) z_n + \Psi_h(t_n, z_n)$
 
     $z_{n+1} = z_n - \Psi_{-h}(t_{n+1}, y_{n+1})$
-
-    The method has the order of the wrapped solver, and its embedded error estimate, so
-    that it is adaptive. Each step makes `2s` evaluations of the vector field, where `s`
-    is the number of stages of the wrapped solver (not counting a last stage that only
-    its error estimate needs, for that is the first stage of the second increment); and
-    with [`diffrax_reversible.ReversibleAdjoint`][] it makes `2s` evaluations on the
-    backward pass, of which `s` with a pullback (one more for output at times between
-    steps); or all of them, if the coupling is a number. The solver state is `(y - z,
-    code, account)`, or `z` if the coupling is a number. Here `y - z` and `z` are of the
-    structure, shapes and dtypes of `y`, `code` is the coupling as a `uint8` (recorded,
-    so that it takes a byte a step), and the account holds two real scalars (three for
-    an SDE) and a boolean.
-
-    Uses the interpolation of the wrapped solver for dense/ts output, on the stages of
-    the first increment. So its error is of the same order at all times: 5 for `Tsit5`
-    and `Dopri5`, 6 for `Dopri8`; and one less for the derivative. If the wrapped solver
-    has but a line, or the cubic of diffrax's lower order solvers, then it is replaced
-    by 3rd order Hermite interpolation with the slopes at the two ends. (For `Midpoint`
-    and `Ralston` that gives a derivative of order 2, in place of 1.) Neither needs
-    further evaluations.
-
-    When used to solve SDEs, converges to the Stratonovich solution, and needs a wrapped
-    solver that does. That may be a stochastic Runge--Kutta solver, such as
-    [`diffrax.ShARK`][] for additive, [`diffrax.SlowRK`][] for commutative and
-    [`diffrax.SPaRK`][] for general noise. The strong order is that of the wrapped
-    solver for the kind of noise at hand (see `diffrax_reversible._method.srk`), `s`
-    counts the drifts and diffusions in its stages (of additive noise, one diffusion at
-    either end of the step), the Brownian motion needs the Levy area that the wrapped
-    solver does, and is queried once a step and once more on the way back, and the
-    interpolation is that of the wrapped solver, a line. In solves from a later to an
-    earlier time they differ from diffrax's own (0.7.2), which take the drift with the
-    wrong sign there.
-
-    !!! warning
-
-        With a number as the coupling, $y - z$ is multiplied by about $\lambda e^{-ah}$
-        in each step along a component of the solution that behaves like $e^{at}$. So on
-        every component that decays it **grows**, and in time spoils the solution; or,
-        with adaptive steps, it makes the steps so small that `max_steps` is reached.
 
     ??? cite "Reference"
 
@@ -372,26 +376,25 @@ class UReversible(
 
 UReversible.__init__.__doc__ = """**Arguments:**
 
-- `solver`: The solver to wrap; any [`diffrax.AbstractERK`][] or
-    [`diffrax.AbstractSRK`][]. The stages of the former are unrolled, or made by a loop,
-    whichever is expected to run faster: unrolled if `y` has at most 32 elements, or the
-    vector field has a matrix product, a convolution or a loop in it, and if that makes
-    no more than 1000 operations in all stages. If its
-    `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are made by a loop
-    (of one kind, whichever it is), so that the vector field is compiled 3 times in a
-    step and not `2s` times. That is for vector fields that take long to compile.
+- `solver`: The solver to wrap; an instance of any [`diffrax.AbstractERK`][] or
+    [`diffrax.AbstractSRK`][] that is given by its tableau. The stages of an ODE solver
+    are unrolled, or made by a loop, whichever is expected to run faster: unrolled if
+    `y` has at most 32 elements, or the vector field has a matrix product, a convolution
+    or a loop in it, and if that makes no more than 1000 operations in all stages.
+    `Tsit5(scan_kind="lax")` always makes them by a loop (of one kind, whichever is
+    given), so that the vector field is compiled 3 times in a step and not `2s` times.
+    Use that for vector fields that take long to compile.
 - `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
     number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
-    that is the better are `y` and `z` kept together, and the faster do rounding errors
-    grow on the backward pass: by `1 / coupling_parameter` in each step.
+    the number, the better are `y` and `z` kept together, and the faster do rounding
+    errors grow on the backward pass: by `1 / coupling_parameter` in each step.
 
 **Raises:**
 
-- `ValueError` if `solver` is not an explicit Runge--Kutta solver, for ODEs or for
-    SDEs, that is given by its tableau, if its `interpolation_cls` is not called like
-    those of diffrax, if `coupling_parameter` is out of its range, and, on the first
-    step, for an SDE with a wrapped solver that is not a
-    [`diffrax.AbstractStratonovichSolver`][].
+- `ValueError` if `solver` is not an explicit Runge--Kutta solver, for ODEs or for SDEs,
+    that is given by its tableau; if its `interpolation_cls` is not called like those of
+    diffrax; if `coupling_parameter` is out of its range; and, when a solve starts, for
+    an SDE with a wrapped solver that is not a [`diffrax.AbstractStratonovichSolver`][].
 """
 
 
