@@ -20,16 +20,20 @@ def register_reversible(
     host_solver_cls: type,
     convert: Callable[[diffrax.AbstractSolver], AbstractReversibleSolver],
 ) -> None:
-    """Teaches [`diffrax_reversible.ReversibleAdjoint`][] to accept instances of a
-    solver class that has no `backward_step` itself.
+    """Makes [`diffrax_reversible.ReversibleAdjoint`][] accept the instances of a solver
+    class that has no `backward_step` itself, such as one from another library.
 
     **Arguments:**
 
     - `host_solver_cls`: The class. Its instances are recognised by their exact type.
     - `convert`: A function that takes an instance and returns an
-        [`diffrax_reversible.AbstractReversibleSolver`][]. It is run in place of the
-        instance: so it must make the same steps, and have the same solver state and
-        the same dense information.
+        [`diffrax_reversible.AbstractReversibleSolver`][]. That is run in place of the
+        instance: so it must make the same steps, and have the same solver state and the
+        same dense information.
+
+    **Returns:**
+
+    `None`. A later call with the same class replaces an earlier one.
 
     **Raises:**
 

@@ -48,11 +48,12 @@ def reverse_solve(
     max_steps: int | None = 4096,
     drift_tolerance: float | int | str | None = "auto",
 ) -> diffrax.Solution:
-    """Undoes a solve that was made with a reversible solver, step by step, from its end
-    back to its start; and returns what it would have returned for this `saveat`.
+    """Undoes a finished solve, step by step from its end back to its start, to
+    rounding; and returns what the solve would have returned for this `saveat`. Use it
+    to go back along a trajectory that was not saved.
 
-    It is to [`diffrax.diffeqsolve`][] what `backward_step` is to `step`. Called with
-    the same arguments, but for the solution at the end in place of that at the start:
+    Call it as [`diffrax.diffeqsolve`][] was called, with the solution at the end in
+    place of that at the start:
 
     ```python
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
@@ -63,58 +64,31 @@ def reverse_solve(
     # `back.ys[0]` is `y0`, to rounding
     ```
 
-    This is not `diffeqsolve` from `t1` to `t0`, which makes other steps, and arrives at
-    `y0` only up to the error of the solver. (Of rounding errors neither is free: where
-    the solution contracts, they grow on the way back.)
-
-    After a solve with steps of different sizes, where they ended has to be given as
-    `step_ts`. To have that as `sol.ts["steps"]`, without the solution there:
-
-    ```python
-    steps = diffrax.SubSaveAt(steps=True, fn=lambda t, y, args: None)
-    end = diffrax.SubSaveAt(t1=True)
-    saveat = diffrax.SaveAt(subs=dict(steps=steps, end=end), solver_state=True)
-    ```
-
-    Accepted are all solvers that can undo every step without a checkpoint. That is not
-    [`diffrax_reversible.UReversible`][] with the coupling `"auto"`, nor anything with
-    `full_sync=True`; and with a coupling of 0.999 rounding errors grow by 1 / 0.999 in
-    each step. With [`diffrax_reversible.EES25`][] and [`diffrax_reversible.EES27`][]
-    the result is as close as the defect of these methods allows, and no closer.
-
-    Costs one `backward_step` for each step, and an array of `max_steps` (or as many as
-    there are `step_ts`) times. Can be used within `jax.jit` and `jax.vmap`, and
-    differentiated with respect to what [`diffrax.diffeqsolve`][] can be, as `adjoint`
-    does.
-
-    !!! warning
-
-        There is no way to notice that the solve was another one, with other `terms`,
-        `args` or steps, than to look at where one arrives: see `drift_tolerance`. In
-        particular a solve cannot be undone that was made with `jump_ts`, or that ended
-        at an event with a root finder: for then the end is not the end of a step.
-
     **Arguments:**
 
     - `terms`, `solver`, `t0`, `t1`, `args`: Those of the solve to be undone. (If it
-        ended early, then `t1` is the time at which it did.)
+        ended early, then `t1` is the time at which it did.) The solver must be able to
+        undo every step without a stored state: not `UReversible` with the coupling
+        `"auto"`, not [`diffrax_reversible.ABOBA`][], and nothing with `full_sync=True`.
     - `dt0`: The constant step size of that solve; or `None`, if there are `step_ts`.
     - `y1`: The solution at `t1`.
     - `solver_state`: The solver state at `t1`, from `SaveAt(solver_state=True)`. Can be
-        left out with those solvers that have none, and with splittings.
-    - `step_ts`: The ends of the steps, in order, as saved by `SaveAt(steps=True)`, with
-        the `inf` after them. (Or the times that were given to [`diffrax.StepTo`][].)
+        left out with solvers that have none, and with splittings.
+    - `step_ts`: The ends of the steps, in order, of shape `(steps,)`, as saved by
+        `SaveAt(steps=True)`, with the `inf` after them. (Or the times that were given
+        to [`diffrax.StepTo`][].) Needed after steps of different sizes.
     - `saveat`: What to save, as for [`diffrax.diffeqsolve`][] from `t0` to `t1`, and in
         the same order: `t0` means `t0`, and times increase. But `steps=True` saves the
         starts of steps, in place of their ends; and `steps=n` every `n`th of them,
         counted from `t1`. What `solver_state=True` returns is the state at `t0`.
-    - `adjoint`: How to differentiate.
+    - `adjoint`: How to differentiate. Derivatives are taken with respect to what they
+        can be taken with respect to in [`diffrax.diffeqsolve`][].
     - `max_steps`: As in that solve, but not `None`. Not used if there are `step_ts`.
     - `drift_tolerance`: How far the solver state that is arrived at may be from that
         with which a solve starts at `t0`, relative to the size of each of its leaves.
         `"auto"` is 1e-5, or 6e-5 in single precision. Use `None`, for no check, if the
         solve was not started at `t0` but resumed. (Then what is `recorded` is not known
-        to be right, as the time of the step before with
+        to be right, such as the time of the step before with
         [`diffrax_reversible.LeapfrogMidpoint`][], and such solvers have no
         `SaveAt(solver_state=True)`.) Solvers without a state, and splittings, cannot be
         checked.
@@ -125,17 +99,41 @@ def reverse_solve(
 
     **Raises:**
 
-    - `ValueError` if the solver is not reversible or asks for checkpoints; without the
-        `solver_state` if there should be one; without or with both of `dt0` and
+    - `ValueError` if the solver is not reversible, or cannot undo every step; without
+        the `solver_state` if there should be one; without or with both of `dt0` and
         `step_ts`; for `SaveAt(controller_state=True)` and `SaveAt(made_jump=True)`; for
         `max_steps=None`; for a `drift_tolerance` that is none; for a
         [`diffrax.UnsafeBrownianPath`][]; and for [`diffrax.BacksolveAdjoint`][] and
         [`diffrax.ImplicitAdjoint`][].
     - `NotImplementedError` for a solver with both `recorded` and `steer`. (In solvers
-        that have but `recorded`, this must not depend on the solution.)
+        that have only `recorded`, this must not depend on the solution.)
     - `RuntimeError` if `step_ts` do not lead from `t0` to `t1`; if there are more than
         `max_steps` steps; if some are too short to be told from `t0`; or if the state
         that is arrived at is not finite, or off by more than `drift_tolerance`.
+
+    **Cost:** One `backward_step` for each step, and an array of `max_steps` times (or
+    as many as there are `step_ts`). Can be used within `jax.jit` and `jax.vmap`.
+
+    !!! warning
+
+        Only the state at `t0` can show that the solve was another one, with other
+        `terms`, `args` or steps: see `drift_tolerance`. In particular a solve cannot be
+        undone that was made with `jump_ts`, or that ended at an event with a root
+        finder, as its end is not the end of a step.
+
+    This is not `diffeqsolve` from `t1` to `t0`, which makes other steps, and arrives at
+    `y0` only up to the error of the solver. Rounding errors grow in either where the
+    solution contracts. With a coupling of 0.999 they grow by 1 / 0.999 in each step
+    too; and with [`diffrax_reversible.EES25`][] and [`diffrax_reversible.EES27`][] the
+    result is as close as these are reversible.
+
+    To save the ends of steps as `sol.ts["steps"]`, without the solution there:
+
+    ```python
+    steps = diffrax.SubSaveAt(steps=True, fn=lambda t, y, args: None)
+    end = diffrax.SubSaveAt(t1=True)
+    saveat = diffrax.SaveAt(subs=dict(steps=steps, end=end), solver_state=True)
+    ```
     """
     solver = to_reversible(solver, "reverse_solve")
     if is_unsafe_sde(terms):

@@ -17,33 +17,52 @@ _SolverState = TypeVar("_SolverState")
 
 
 class StepInfo(NamedTuple):
-    """What the couplings of one step have in common."""
+    """What a coupling is told of the step that it is a part of: the `step` in
+    `Coupling(shift=...)`, called as `shift(step, registers)`.
+
+    **Attributes:**
+
+    - `terms`: The terms of the differential equation, as in `step`.
+    - `t0`, `t1`: The start and the end of the step.
+    - `args`: Any extra arguments passed to the vector field.
+    - `control`: The result of [`diffrax_reversible.AbstractCouplingSolver.control`][].
+    - `fixed`: What [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects
+        of the solver state, at the start of the step.
+    - `value`: In a solver with `has_evaluate`, and there in the first and the last
+        coupling, the result of [`diffrax_reversible.AbstractCouplingSolver.evaluate`][]
+        at the start and at the end of the step. Otherwise `None`.
+    """
 
     terms: PyTree[diffrax.AbstractTerm]
     t0: RealScalarLike
     t1: RealScalarLike
     args: Args
-    # The result of `AbstractCouplingSolver.control`.
     control: PyTree
-    # What `AbstractReversibleSolver.recorded` selects, at the start of the step.
     fixed: PyTree
-    # In the first and last couplings of a solver with `evaluate`: its value at the
-    # start and at the end of the step respectively. Otherwise `None`.
     value: PyTree = None
 
 
 class Registers(NamedTuple):
-    """`y` and the solver state, arranged for couplings."""
+    """`y` and the solver state, taken apart into what couplings update (the
+    *registers*) and what they do not. [`diffrax_reversible.AbstractCouplingSolver`][]
+    has the methods `split`, which returns it, and `merge`, which takes it.
 
-    # One PyTree for each register. Coupling `i` updates `registers[coupling.register]`.
+    **Attributes:**
+
+    - `registers`: A tuple with a PyTree of arrays for each register. A coupling updates
+        `registers[coupling.register]`.
+    - `value`: In a solver with `has_evaluate`, the most recent result of
+        [`diffrax_reversible.AbstractCouplingSolver.evaluate`][]. Otherwise `None`.
+    - `fixed`: What [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects
+        of the solver state. `split` must leave it `None`; `merge` finds it here.
+    - `memo`: What the solver keeps only to choose how it makes its coming steps. It is
+        neither undone nor recorded: on the backward pass it stays as it was at the end
+        of the solve.
+    """
+
     registers: tuple[PyTree, ...]
-    # In a solver with `evaluate`: its most recent value.
     value: PyTree = None
-    # What `recorded` selects of the solver state. Not to be given by `split`; `merge`
-    # finds it here.
     fixed: PyTree = None
-    # What the solver keeps only to choose how it makes its coming steps. It is neither
-    # undone nor recorded: on the way back it stays as it was at the end of the solve.
     memo: PyTree = None
 
 
@@ -62,11 +81,13 @@ def _is_one(scale: RealScalarLike) -> bool:
 
 class Coupling(eqx.Module):
     r"""An affine coupling: one register is scaled, and shifted by a function of the
-    others,
+    others. [`diffrax_reversible.AbstractCouplingSolver`][] makes its steps of them.
 
-    $x_i \leftarrow \alpha x_i + \phi(x_j, j \neq i)$ with $\alpha \neq 0$.
+    A coupling updates
 
-    It is undone by $x_i \leftarrow (x_i - \phi) / \alpha$, whatever $\phi$ is. A
+    $x_i \leftarrow \alpha x_i + \phi(x_j, j \neq i)$ with $\alpha \neq 0$
+
+    and is undone by $x_i \leftarrow (x_i - \phi) / \alpha$, whatever $\phi$ is. A
     gradient $g$ is pulled back by $g_j \leftarrow g_j + (\partial \phi / \partial
     x_j)^T g_i$ and then $g_i \leftarrow \alpha g_i$, so that a single VJP of $\phi$
     gives both the value that undoes the coupling and the map for the gradient.
@@ -169,32 +190,49 @@ Coupling.__init__.__doc__ = """**Arguments:**
 
 - `register`: Which register is updated: an index into the `registers` of
     [`diffrax_reversible.Registers`][].
-- `shift`: The function `phi`, called as `shift(step, registers)`. Here `step` is a
-    [`diffrax_reversible.StepInfo`][] and `registers` has all registers, with `None`
-    for the one that is updated. Should return a pair: the increment, of the structure,
+- `shift`: The function $\\phi$, called as `shift(step, registers)`, with a
+    [`diffrax_reversible.StepInfo`][] and the tuple of all registers, in which the one
+    that is updated is `None`. Should return a pair: the increment, of the structure,
     shapes and dtypes of the register, and a dictionary with whatever else
-    [`diffrax_reversible.AbstractCouplingSolver.finish`][] shall have from this
-    coupling. Usually a bound method of the solver. If it is `None` then the register
-    is only scaled.
-- `scale`: The factor `alpha`; must not be zero. Either a number, or a function that
-    takes `StepInfo.fixed` and returns a scalar. (Such a function may return zero in a
-    step for which `needs_checkpoint` or `wants_checkpoint` is true.)
+    [`diffrax_reversible.AbstractCouplingSolver.finish`][] needs from this coupling.
+    Usually a bound method of the solver. If it is `None` then the register is only
+    scaled.
+- `scale`: The factor $\\alpha$; must not be zero. Either a Python number, or a function
+    that takes `StepInfo.fixed` and returns a scalar. (Such a function may return zero
+    in a step for which `needs_checkpoint` or `wants_checkpoint` is true.)
 - `also`: Another register, to which the same increment is added. What `shift` is given
-    in the place of `register` is then the difference of the two, `registers[register]
-    - registers[also]`, which does not change. For solvers that keep a copy of a
+    in the place of `register` is then the difference of the two, `registers[register] -
+    registers[also]`, which does not change. For solvers that keep a second copy of a
     register as its difference from it. Needs `scale=1`.
+
+**Raises:**
+
+- `ValueError` if `scale` is zero, or neither a number nor a function; and if `also` is
+    `register`, or given with a `scale`.
 """
 
 
 class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
-    """Abstract base class for solvers each of whose steps is a sequence of affine
-    couplings.
+    """Abstract base class for solvers whose steps are sequences of affine couplings.
+    Subclass it to get `step`, `backward_step` and a cheap pullback from a single
+    definition.
 
-    From a single definition this provides `step`, `backward_step`, and for
-    [`diffrax_reversible.ReversibleAdjoint`][] a pullback that evaluates each `shift`
-    once to undo the step and to differentiate it. If every step makes `s` evaluations
-    of the vector field then the backward pass makes `s` evaluations and `s` pullbacks
-    of it a step.
+    `y` and the solver state are taken apart into *registers*, the variables that the
+    couplings update in turn. Define `split` and `merge` (to registers and back),
+    `couplings` (a step), and `finish` (the error estimate and dense output), next to
+    what every [`diffrax.AbstractSolver`][] has.
+
+    **Attributes:**
+
+    - `permutation`: The indices of the registers at the end of a step, in the order in
+        which they start the next one, as a tuple. By default `None`: they stay so.
+    - `has_evaluate`: Whether the last coupling of a step shares an evaluation with the
+        first coupling of the next, and the solver has `evaluate`. By default `False`.
+
+    With [`diffrax_reversible.ReversibleAdjoint`][] each `shift` is evaluated once to
+    undo the step and to differentiate it: if a step makes `s` evaluations of the vector
+    field then the backward pass makes `s` evaluations and `s` pullbacks of it for that
+    step.
 
     !!! example
 
@@ -247,17 +285,16 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         ```
     """
 
-    # The registers at the end of a step, in the order in which they start the next one.
     permutation: ClassVar[tuple[int, ...] | None] = None
-    # Whether the solver has `evaluate`.
     has_evaluate: ClassVar[bool] = False
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """Which of the registers count as constants when a step is differentiated, as
-        the size of the step does; by default none. A coupling that updates no others
-        is not differentiated. (But for what its `shift` returns for `finish`. There,
-        apply `jax.lax.stop_gradient` to what does not go into it.)"""
+        """The indices of the registers that count as constants when a step is
+        differentiated, as the size of the step does; by default none. A coupling that
+        updates no others is not differentiated. (But what its `shift` returns for
+        `finish` is. There, apply `jax.lax.stop_gradient` to what does not go into it.)
+        """
         return ()
 
     @property
@@ -267,16 +304,36 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
 
     @abc.abstractmethod
     def split(self, y: PyTree, solver_state: Any) -> Registers:
-        """Arranges `y` and the solver state for couplings. Must do nothing else: it is
-        called with gradients in their place too."""
+        """Takes `y` and the solver state apart. Must do nothing else: it is called with
+        gradients in their place too.
+
+        **Arguments:**
+
+        - `y`: The solution, or a gradient with respect to it.
+        - `solver_state`: The solver state, or a gradient with respect to it.
+
+        **Returns:**
+
+        A [`diffrax_reversible.Registers`][], without `fixed`.
+        """
 
     @abc.abstractmethod
     def merge(self, registers: Registers) -> tuple[PyTree, Any]:
-        """The inverse of `split`."""
+        """The inverse of `split`.
+
+        **Arguments:**
+
+        - `registers`: A [`diffrax_reversible.Registers`][], with `fixed`.
+
+        **Returns:**
+
+        The pair of `y` and the solver state.
+        """
 
     @abc.abstractmethod
     def couplings(self) -> tuple[Coupling, ...]:
-        """The couplings that make a step, in order."""
+        """The couplings that make a step, in order, as a tuple of
+        [`diffrax_reversible.Coupling`][]."""
 
     @abc.abstractmethod
     def finish(
@@ -285,14 +342,18 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         registers1: tuple[PyTree, ...],
         infos: tuple[dict[str, PyTree], ...],
     ) -> tuple[Y | None, DenseInfo]:
-        """The local error estimate (or `None`) and the information for interpolation
-        of a step.
+        """Completes a step.
 
         **Arguments:**
 
         - `registers0`: The registers at the start of the step.
         - `registers1`: The registers at its end.
         - `infos`: The dictionaries that the `shift`s of the couplings returned.
+
+        **Returns:**
+
+        The pair of the local error estimate (or `None`), of the structure and shapes of
+        `y`, and the dictionary that is passed to the solver's interpolation routine.
         """
 
     def control(
@@ -302,16 +363,36 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         t1: RealScalarLike,
         fixed: PyTree,
     ) -> PyTree:
-        """What is computed once a step and passed to all of its couplings. By default
-        `terms.contr(t0, t1)`."""
+        """What is computed once a step and passed to all of its couplings, as
+        `StepInfo.control`. By default `terms.contr(t0, t1)`.
+
+        **Arguments:**
+
+        - `terms`: The PyTree of terms representing the vector fields and controls.
+        - `t0`, `t1`: The start and the end of the step.
+        - `fixed`: As in [`diffrax_reversible.StepInfo`][].
+
+        **Returns:**
+
+        A PyTree.
+        """
         del fixed
         return terms.contr(t0, t1)  # pyright: ignore[reportAttributeAccessIssue]
 
     def next_fixed(self, fixed: PyTree, t0: RealScalarLike, t1: RealScalarLike):
-        """What `recorded` selects, at the end of a step, given what it is at the start.
-        By default it does not change. It is a constant for differentiation, and must
-        not depend on anything differentiated. (What shall depend on the solution can be
-        put into it in `steer`.)"""
+        """What `recorded` selects, at the end of a step. By default it does not change.
+        It is a constant when a step is differentiated, and must not depend on anything
+        differentiated. (What depends on the solution can be put into it in `steer`.)
+
+        **Arguments:**
+
+        - `fixed`: What `recorded` selects, at the start of the step.
+        - `t0`, `t1`: The start and the end of the step.
+
+        **Returns:**
+
+        A PyTree of the structure, shapes and dtypes of `fixed`.
+        """
         del t0, t1
         return fixed
 
@@ -324,12 +405,8 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         y_error: Y | None,
         infos: tuple[dict[str, PyTree], ...],
     ) -> tuple[PyTree, PyTree]:
-        """`Registers.fixed` and `Registers.memo` at the end of a step, that is for the
-        next one. By default they are not changed.
-
-        What this chooses is a constant for the purpose of differentiation, whatever it
-        depends on, as is the size of a step: no gradient passes through the arguments,
-        other than `fixed`.
+        """Chooses how the next step is made: `Registers.fixed` and `Registers.memo` at
+        the end of a step. By default they are not changed.
 
         **Arguments:**
 
@@ -337,6 +414,15 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         - `memo`: `Registers.memo` at the start of the step.
         - `registers0`, `registers1`, `infos`: As for `finish`.
         - `y_error`: The local error estimate that `finish` returned.
+
+        **Returns:**
+
+        The pair of `fixed` and `memo`, of the structure, shapes and dtypes of those
+        given.
+
+        What this chooses is a constant when a step is differentiated, whatever it
+        depends on, as is the size of a step: no gradient passes through the arguments,
+        other than `fixed`.
         """
         del registers0, registers1, y_error, infos
         return fixed, memo
@@ -344,9 +430,19 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
     def reset(
         self, registers: Registers, made_jump: BoolScalarLike
     ) -> tuple[Registers, BoolScalarLike]:
-        """Called at the start of a step of a solver with `resets`. Returns the
-        registers from which the step is made, and whether `evaluate` has to be called
-        on them anew. Steps in which this changes anything must have a checkpoint."""
+        """Called at the start of a step of a solver with `resets`. Steps in which it
+        changes anything must have `needs_checkpoint` or `wants_checkpoint`.
+
+        **Arguments:**
+
+        - `registers`: The [`diffrax_reversible.Registers`][] at the start of the step.
+        - `made_jump`: The value that was passed to `step`.
+
+        **Returns:**
+
+        The pair of the [`diffrax_reversible.Registers`][] from which the step is made,
+        and whether `evaluate` has to be called on them anew.
+        """
         return registers, made_jump
 
     def evaluate(
@@ -357,9 +453,21 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         args: Args,
     ) -> PyTree:
         """The evaluation that the last coupling of a step shares with the first
-        coupling of the next, if there is one (and then `has_evaluate` is `True`). Its
-        value is kept in the solver state, and passed to these two couplings in
-        `StepInfo.value`. Must not depend on the register that they update."""
+        coupling of the next, in a solver with `has_evaluate`. It is kept in the solver
+        state, and passed to these two couplings as `StepInfo.value`.
+
+        **Arguments:**
+
+        - `terms`: The PyTree of terms representing the vector fields and controls.
+        - `t`: The time at which the two steps meet.
+        - `registers`: The registers at that time, with `None` for the one that the two
+            couplings update.
+        - `args`: Any extra arguments passed to the vector field.
+
+        **Returns:**
+
+        A PyTree.
+        """
         name = type(self).__name__
         raise NotImplementedError(
             f"`{name}.has_evaluate` is true, but `{name}` has no method `evaluate`. "
@@ -373,7 +481,12 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         registers: tuple[PyTree, ...],
         args: Args,
     ) -> PyTree:
-        """Called in place of `evaluate` at the start of a step that follows a jump."""
+        """Called in place of `evaluate`, with all registers, at the start of a step
+        that follows a jump of the vector field. By default it is `evaluate`.
+
+        **Arguments and returns:** As for
+        [`diffrax_reversible.AbstractCouplingSolver.evaluate`][].
+        """
         return self.evaluate(terms, t, registers, args)
 
     def arrange(self, y: PyTree, solver_state: Any) -> Registers:

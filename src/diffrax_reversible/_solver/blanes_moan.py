@@ -30,8 +30,8 @@ def _even(half: tuple[float, ...]) -> tuple[float, ...]:
 
 @final
 class BlanesMoan4(AbstractSplitting):
-    r"""Blanes & Moan's symplectic method of order 4, with its reverse. Of the methods of
-    order 4, use this one: for N-body problems and molecular dynamics.
+    r"""Blanes & Moan's symplectic method of order 4, with its reverse. Of the methods
+    of order 4, use this one: for N-body problems and molecular dynamics.
 
     A splitting with 7 kicks and 6 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
     arranged as for [`diffrax.SemiImplicitEuler`][], and of order 4. Has no error
@@ -71,8 +71,8 @@ class BlanesMoan4(AbstractSplitting):
 
 @final
 class BlanesMoan6(AbstractSplitting):
-    r"""Blanes & Moan's symplectic method of order 6, with its reverse. Of the methods of
-    order 6, use this one: for N-body problems and molecular dynamics, very accurately.
+    r"""Blanes & Moan's symplectic method of order 6, with its reverse. Of the methods
+    of order 6, use this one: for very accurate solutions of N-body problems.
 
     A splitting with 11 kicks and 10 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
     arranged as for [`diffrax.SemiImplicitEuler`][], and of order 6. Has no error

@@ -18,8 +18,8 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
     [`diffrax_reversible.StormerVerlet`][] costs the same and is of order 2.
 
     The steps are those of [`diffrax.SemiImplicitEuler`][], of order 1, for
-    `terms=(term_1, term_2)` and `y=(p, q)`. Has no error estimate, and cannot solve
-    SDEs.
+    `terms=(term_1, term_2)` and `y=(p, q)`. Has no error estimate, and is not
+    for SDEs.
 
     Each step makes one evaluation of each vector field, and one evaluation of each with
     its pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][].
