@@ -102,7 +102,7 @@ class Coupling(eqx.Module):
     scale: Any = eqx.field(static=True, default=1.0)
     also: int | None = eqx.field(static=True, default=None)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if self.also is not None and not (
             _is_one(self.scale) and self.also != self.register
         ):
@@ -125,14 +125,18 @@ class Coupling(eqx.Module):
             )
 
     def scale_at(self, fixed: PyTree) -> Any:
+        """The factor in a step with this `StepInfo.fixed`."""
         return self.scale(fixed) if callable(self.scale) else self.scale
 
     def shift_at(
         self, step: StepInfo, others: tuple[PyTree, ...]
     ) -> tuple[PyTree, dict[str, PyTree]]:
+        """What `shift` returns, if there is one."""
         return (None, {}) if self.shift is None else self.shift(step, others)
 
-    def apply(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
+    def apply(
+        self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree
+    ) -> None:
         """Updates `registers`, in place."""
         i = self.register
         if not _is_one(scale):
@@ -141,7 +145,9 @@ class Coupling(eqx.Module):
             for j in self.updated:
                 registers[j] = jtu.tree_map(lambda x, s: x + s, registers[j], shift)
 
-    def undo(self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree):
+    def undo(
+        self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree
+    ) -> None:
         """The inverse of `apply`."""
         i = self.register
         if self.shift is not None:
@@ -150,7 +156,7 @@ class Coupling(eqx.Module):
         if not _is_one(scale):
             registers[i] = jtu.tree_map(lambda x: _over(scale, x), registers[i])
 
-    def pull_scale(self, grads: list[PyTree], scale: RealScalarLike):
+    def pull_scale(self, grads: list[PyTree], scale: RealScalarLike) -> None:
         """The part of the pullback that does not go through `shift`."""
         if not _is_one(scale):
             i = self.register
@@ -161,7 +167,8 @@ class Coupling(eqx.Module):
         """The registers that it updates."""
         return (self.register,) if self.also is None else (self.register, self.also)
 
-    def others(self, registers) -> tuple[PyTree, ...]:
+    def others(self, registers: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """What `shift` is given for `registers`."""
         # `None` in its own place, so that a coupling that reads what it updates, and so
         # could not be undone, fails when it is traced.
         out = [None if i in self.updated else x for i, x in enumerate(registers)]
@@ -379,7 +386,9 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         del fixed
         return terms.contr(t0, t1)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def next_fixed(self, fixed: PyTree, t0: RealScalarLike, t1: RealScalarLike):
+    def next_fixed(
+        self, fixed: PyTree, t0: RealScalarLike, t1: RealScalarLike
+    ) -> PyTree:
         """What `recorded` selects, at the end of a step. By default it does not change.
         It is a constant when a step is differentiated, and must not depend on anything
         differentiated. (What depends on the solution can be put into it in `steer`.)
@@ -500,6 +509,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         return registers._replace(fixed=self.recorded(solver_state))
 
     def checked_couplings(self) -> tuple[Coupling, ...]:
+        """`couplings`, if they fit `has_evaluate`."""
         couplings = self.couplings()
         if self.has_evaluate:
             first, last = couplings[0].register, couplings[-1].register
@@ -515,6 +525,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
         return couplings
 
     def is_constant(self, coupling: Coupling) -> bool:
+        """Whether it updates nothing but `constants`."""
         return set(coupling.updated) <= set(self.constants)
 
     def _stop(self, registers: Sequence[PyTree]) -> list[PyTree]:
@@ -523,15 +534,15 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
             stop_gradient(x) if i in constants else x for i, x in enumerate(registers)
         ]
 
-    def _permute(self, registers):
+    def _permute(self, registers: Sequence[PyTree]) -> tuple[PyTree, ...]:
         if self.permutation is None:
             return tuple(registers)
         return tuple(registers[i] for i in self.permutation)
 
-    def _unpermute(self, registers):
+    def _unpermute(self, registers: Sequence[PyTree]) -> list[PyTree]:
         if self.permutation is None:
             return list(registers)
-        out = [None] * len(registers)
+        out: list[PyTree] = [None] * len(registers)
         for i, x in zip(self.permutation, registers):
             out[i] = x
         return out
