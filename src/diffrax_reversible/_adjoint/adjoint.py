@@ -2,8 +2,14 @@ import functools as ft
 from typing import Any, Literal
 
 import diffrax
+from jaxtyping import PyTree
 
-from .._compat import host_loop, is_unsafe_sde, loop_without_saving
+from .._compat import (
+    host_loop,
+    is_unsafe_sde,
+    loop_without_saving,
+    RealScalarLike,
+)
 from .._registry import to_reversible
 from .rule import inner_loop, outer_while_loop, with_arrays
 
@@ -95,7 +101,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     checkpoint_every: int | None = None
     sum_over_batch: bool | Literal["auto"] = "auto"
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         n = self.checkpoints
         if n != "auto" and (not _is_integer(n) or n < 0):
             raise ValueError(
@@ -114,19 +120,20 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     def loop(
         self,
         *,
-        args,
-        terms,
-        solver,
-        stepsize_controller,
-        saveat,
-        t1,
-        init_state,
-        throw,
-        passed_solver_state,
-        passed_controller_state,
-        progress_meter,
-        **kwargs,
+        args: PyTree[Any],
+        terms: PyTree[diffrax.AbstractTerm],
+        solver: diffrax.AbstractSolver,
+        stepsize_controller: diffrax.AbstractStepSizeController,
+        saveat: diffrax.SaveAt,
+        t1: RealScalarLike,
+        init_state: Any,
+        throw: bool,
+        passed_solver_state: bool,
+        passed_controller_state: bool,
+        progress_meter: diffrax.AbstractProgressMeter,
+        **kwargs: Any,
     ) -> Any:
+        """Called by [`diffrax.diffeqsolve`][]."""
         del passed_controller_state, passed_solver_state
         if is_unsafe_sde(terms):
             raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, is_sde, RealScalarLike, VF, Y
 from .._method.controlled import precision, rms
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
@@ -206,7 +206,12 @@ class AsynchronousLeapfrog(
         f = step.terms.vf(t_mid, y, step.args)  # pyright: ignore[reportAttributeAccessIssue]
         return jtu.tree_map(lambda x: 2 * self.damping * x, f), {}
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         y0, _ = registers0
         y1, _ = registers1
         *_, first, _, last = infos
@@ -215,7 +220,15 @@ class AsynchronousLeapfrog(
         double = lambda x: jtu.tree_map(lambda a: 2 * a, x)
         return y_error, dict(y0=y0, y1=y1, k0=double(drift0), k1=double(drift1))
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if not self.full_sync:
             return fixed, memo
         y1, _ = registers1

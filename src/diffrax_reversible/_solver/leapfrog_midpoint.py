@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
 from .._method.controlled import precision, rms
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.interpolation import hermite_or_linear
@@ -83,7 +83,7 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
     # "hermite" or "linear". (Checked below, with a message better than a checker's.)
     interpolation: Any = eqx.field(static=True, default="hermite")
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         hermite_or_linear("LeapfrogMidpoint", self.interpolation)
 
     @property
@@ -149,7 +149,13 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
             return sync
         return False
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         t_prev = fixed
         if self.full_sync:
             t_prev, sync = fixed
@@ -158,13 +164,23 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         own = None if self.interpolation == "linear" else terms.contr(t0, t1)
         return terms.contr(t_prev, t1), own
 
-    def next_fixed(self, fixed, t0, t1):
+    def next_fixed(
+        self, fixed: PyTree, t0: RealScalarLike, t1: RealScalarLike
+    ) -> PyTree:
         if self.full_sync:
             _, sync = fixed
             return t0, sync
         return t0
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if not self.full_sync:
             return fixed, memo
         t_prev, _ = fixed
@@ -210,7 +226,12 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
             info["slope"] = terms.prod(f, own)
         return k, info
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         _, y0 = registers0
         _, y1 = registers1
         if self.interpolation == "linear":

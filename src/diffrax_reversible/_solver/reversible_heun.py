@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
 from .._method.controlled import precision, rms
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.interpolation import hermite_or_linear
@@ -80,7 +80,7 @@ class ReversibleHeun(
     # "hermite" or "linear". (Checked below, with a message better than a checker's.)
     interpolation: Any = eqx.field(static=True, default="hermite")
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         hermite_or_linear("ReversibleHeun", self.interpolation)
 
     @property
@@ -132,12 +132,22 @@ class ReversibleHeun(
             return sync
         return ()
 
-    def reset(self, registers, made_jump):
+    def reset(
+        self, registers: Registers, made_jump: BoolScalarLike
+    ) -> tuple[Registers, BoolScalarLike]:
         (y, yhat), f, sync, memo = registers
         yhat = jtu.tree_map(lambda a, b: jnp.where(sync, a, b), y, yhat)
         return Registers((y, yhat), f, sync, memo), made_jump | sync
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if self.full_sync:
             y1, yhat1 = registers1
             difference = rms(jtu.tree_map(lambda a, b: a - b, y1, yhat1))
@@ -153,11 +163,23 @@ class ReversibleHeun(
             Coupling(0, self._kick),
         )
 
-    def evaluate(self, terms, t, registers, args):
+    def evaluate(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
         _, yhat = registers
         return terms.vf(t, yhat, args)
 
-    def evaluate_after_jump(self, terms, t, registers, args):
+    def evaluate_after_jump(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
         # As diffrax does: the one place in which the register that is kicked is read.
         y, _ = registers
         return terms.vf(t, y, args)
@@ -183,7 +205,12 @@ class ReversibleHeun(
         y, _ = registers
         return jtu.tree_map(lambda x: 2 * x, y), {}
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         y0, yhat0 = registers0
         y1, yhat1 = registers1
         first, _, last = infos

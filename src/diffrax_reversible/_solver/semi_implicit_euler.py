@@ -4,7 +4,7 @@ from typing import Any, ClassVar, final, TypeAlias
 import diffrax
 from jaxtyping import PyTree
 
-from .._compat import Args, RealScalarLike, VF
+from .._compat import Args, DenseInfo, RealScalarLike, VF, Y
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 
@@ -85,7 +85,13 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
     def merge(self, registers: Registers) -> tuple[PyTree, Any]:
         return registers.registers, None
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         term_1, term_2 = terms
         return term_1.contr(t0, t1), term_2.contr(t0, t1)
 
@@ -104,7 +110,12 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
         _, control = step.control
         return term.vf_prod(step.t0, p, step.args, control), {}
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         return None, dict(y0=registers0, y1=registers1)
 
 

@@ -13,10 +13,12 @@ from jaxtyping import PyTree
 from .._compat import (
     Args,
     BoolScalarLike,
+    DenseInfo,
     is_sde,
     RealScalarLike,
     VF,
     WrapTerm,
+    Y,
 )
 from .._method.continuous_extension import corrections
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
@@ -150,7 +152,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
     kicks: eqx.AbstractClassVar[tuple[float, ...]]
     drifts: eqx.AbstractClassVar[tuple[float, ...]]
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         name = type(self).__name__
         kicks, drifts = self.kicks, self.drifts
         if abs(len(kicks) - len(drifts)) != 1 or 0 in (len(kicks), len(drifts)):
@@ -231,14 +233,26 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
         del solver_state, new_solver_state
         return made_jump
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         term_1, term_2 = terms
         return (
             _sub_controls(term_1, t0, t1, self.kicks),
             _sub_controls(term_2, t0, t1, self.drifts),
         )
 
-    def evaluate(self, terms, t, registers, args):
+    def evaluate(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
         i = self._begins
         return terms[i].vf(t, registers[1 - i], args)
 
@@ -265,7 +279,12 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
             increment = term.prod(step.value, control)
         return increment, dict(increment=increment)
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         increments = [info["increment"] for info in infos]
         of_variable = [increments[1::2], increments[1::2]]
         of_variable[self._begins] = increments[::2]

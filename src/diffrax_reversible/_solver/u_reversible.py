@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, is_sde, RealScalarLike, VF, Y
 from .._method import controlled as controlled
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
@@ -139,7 +139,7 @@ class UReversible(
         return self.solver.tableau
 
     @property
-    def term_structure(self):
+    def term_structure(self) -> Any:
         return self.solver.term_structure
 
     @property
@@ -149,13 +149,13 @@ class UReversible(
         return diffrax.ThirdOrderHermitePolynomialInterpolation
 
     @property
-    def term_compatible_contr_kwargs(self):
+    def term_compatible_contr_kwargs(self) -> Any:
         return self.solver.term_compatible_contr_kwargs
 
     # diffrax's other adjoints set this field on whatever says that it is a Runge--Kutta
     # solver, as a wrapper around one does.
     @property
-    def scan_kind(self):
+    def scan_kind(self) -> Any:
         return self.solver.scan_kind
 
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
@@ -295,7 +295,13 @@ class UReversible(
         shift, info = self._return(step, y1)
         return jtu.tree_map(lambda p: -p, shift), info
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         if self._is_srk:
             return srk_control(self._tableau, terms, t0, t1)
         return terms.contr(t0, t1)
@@ -328,7 +334,12 @@ class UReversible(
         psi = self._increment(step, y, -1, first)
         return psi.increment, dict(k=psi.k[0])
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         y0, other0 = registers0
         y1, _ = registers1
         *_, info0, info1 = infos
@@ -352,7 +363,15 @@ class UReversible(
             k = jtu.tree_map(lambda k, y, z: k + weight * (z - y)[None], k, y0, other0)
         return y_error, dict(y0=y0, y1=y1, k=k)
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if not self._controlled:
             return fixed, memo
         y0, _ = registers0
