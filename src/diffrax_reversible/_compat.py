@@ -19,9 +19,10 @@ its inside is needed. It is all named in this one file, was checked on the versi
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffrax
+from jaxtyping import PyTree
 
 
 SUPPORTED_DIFFRAX = ("0.7.0", "0.7.1", "0.7.2")
@@ -141,6 +142,11 @@ _reason = host_mismatch(diffrax.AbstractAdjoint.loop, host_loop, State, SaveStat
 if _reason is not None:
     raise _unsupported(_reason)
 del _reason
+
+
+# With the parameters without which a type checker takes them for unknown.
+Term: TypeAlias = diffrax.AbstractTerm[Any, Any]
+Terms: TypeAlias = PyTree[Term]
 
 
 def is_save_state(x: Any) -> bool:

@@ -14,7 +14,7 @@ from ._adjoint.drift import distance
 from ._adjoint.plan import make_forward
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.steps import Window
-from ._compat import BoolScalarLike, host_loop, RealScalarLike
+from ._compat import BoolScalarLike, host_loop, RealScalarLike, Terms
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
 from ._registry import to_reversible
@@ -98,8 +98,8 @@ class Diagnosis(eqx.Module):
 
 
 def diagnose(
-    terms: PyTree[diffrax.AbstractTerm],
-    solver: diffrax.AbstractSolver,
+    terms: Terms,
+    solver: diffrax.AbstractSolver[Any],
     t0: RealScalarLike,
     t1: RealScalarLike,
     dt0: RealScalarLike | None,
@@ -107,14 +107,14 @@ def diagnose(
     args: PyTree[Any] = None,
     *,
     saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
-    stepsize_controller: diffrax.AbstractStepSizeController = (
+    stepsize_controller: diffrax.AbstractStepSizeController[Any, Any] = (
         diffrax.ConstantStepSize()
     ),
     adjoint: diffrax.AbstractAdjoint = ReversibleAdjoint(),
     event: diffrax.Event | None = None,
     max_steps: int | None = 4096,
     throw: bool = False,
-    progress_meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter(),
+    progress_meter: diffrax.AbstractProgressMeter[Any] = diffrax.NoProgressMeter(),
     solver_state: PyTree[ArrayLike] | None = None,
     controller_state: PyTree[ArrayLike] | None = None,
     made_jump: BoolScalarLike | None = None,

@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, PyTree, Real
 
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import check_tolerance, default_tolerance, distance
-from ._compat import is_sub_save_at, is_unsafe_sde, RealScalarLike, WrapTerm
+from ._compat import is_sub_save_at, is_unsafe_sde, RealScalarLike, Terms, WrapTerm
 from ._method.base import AbstractReversibleSolver
 from ._method.coupling import AbstractCouplingSolver
 from ._method.tree import stop_gradient
@@ -33,8 +33,8 @@ from ._solver.u_reversible import UReversible
 
 @eqx.filter_jit
 def reverse_solve(
-    terms: PyTree[diffrax.AbstractTerm],
-    solver: diffrax.AbstractSolver,
+    terms: Terms,
+    solver: diffrax.AbstractSolver[Any],
     t0: RealScalarLike,
     t1: RealScalarLike,
     dt0: RealScalarLike | None,
@@ -406,7 +406,7 @@ def _check_start(sol, solver, rebuilt, start, end, tolerance):
     )
 
 
-def _reversed(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[diffrax.AbstractTerm]:
+def _reversed(terms: Terms) -> Terms:
     """The terms of a solve over reversed time, as those of the solve to be undone."""
     is_wrapped = lambda x: isinstance(x, WrapTerm)
     return jtu.tree_map(

@@ -9,6 +9,7 @@ from .._compat import (
     is_unsafe_sde,
     loop_without_saving,
     RealScalarLike,
+    Terms,
 )
 from .._registry import to_reversible
 from .rule import inner_loop, outer_while_loop, with_arrays
@@ -121,16 +122,16 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         self,
         *,
         args: PyTree[Any],
-        terms: PyTree[diffrax.AbstractTerm],
-        solver: diffrax.AbstractSolver,
-        stepsize_controller: diffrax.AbstractStepSizeController,
+        terms: Terms,
+        solver: diffrax.AbstractSolver[Any],
+        stepsize_controller: diffrax.AbstractStepSizeController[Any, Any],
         saveat: diffrax.SaveAt,
         t1: RealScalarLike,
         init_state: Any,
         throw: bool,
         passed_solver_state: bool,
         passed_controller_state: bool,
-        progress_meter: diffrax.AbstractProgressMeter,
+        progress_meter: diffrax.AbstractProgressMeter[Any],
         **kwargs: Any,
     ) -> Any:
         """Called by [`diffrax.diffeqsolve`][]."""

@@ -2,9 +2,8 @@ import abc
 from typing import Any, TypeVar
 
 import diffrax
-from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, Y
 
 
 _SolverState = TypeVar("_SolverState")
@@ -31,7 +30,7 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
     @abc.abstractmethod
     def backward_step(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,

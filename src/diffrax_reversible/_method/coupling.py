@@ -8,7 +8,7 @@ import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, Y
 from .base import AbstractReversibleSolver
 from .tree import stop_gradient, tree_add
 
@@ -33,7 +33,7 @@ class StepInfo(NamedTuple):
         at the start and at the end of the step. Otherwise `None`.
     """
 
-    terms: PyTree[diffrax.AbstractTerm]
+    terms: Terms
     t0: RealScalarLike
     t1: RealScalarLike
     args: Args
@@ -365,7 +365,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
 
     def control(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         fixed: PyTree,
@@ -456,7 +456,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
 
     def evaluate(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t: RealScalarLike,
         registers: tuple[PyTree, ...],
         args: Args,
@@ -485,7 +485,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
 
     def evaluate_after_jump(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t: RealScalarLike,
         registers: tuple[PyTree, ...],
         args: Args,
@@ -549,7 +549,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
 
     def step(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -595,7 +595,7 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
 
     def backward_step(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, WrapTerm, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Terms,
+    VF,
+    WrapTerm,
+    Y,
+)
 from .._method.base import AbstractReversibleSolver
 from .._method.controlled import budget, precision
 from .._method.srk import brownian_control
@@ -130,7 +139,7 @@ class ABOBA(
         ```
     """
 
-    term_structure: ClassVar = diffrax.MultiTerm[
+    term_structure: ClassVar[Any] = diffrax.MultiTerm[
         tuple[
             diffrax.UnderdampedLangevinDriftTerm,
             diffrax.UnderdampedLangevinDiffusionTerm,
@@ -140,15 +149,15 @@ class ABOBA(
         diffrax.LocalLinearInterpolation
     )
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 2
 
     def init(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -182,7 +191,7 @@ class ABOBA(
 
     def func(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -240,7 +249,7 @@ class ABOBA(
 
     def step(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -272,7 +281,7 @@ class ABOBA(
 
     def backward_step(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, is_sde, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    is_sde,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
 from .._method.controlled import precision, rms
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
@@ -94,7 +104,7 @@ class AsynchronousLeapfrog(
         ```
     """
 
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[
         Callable[..., diffrax.ThirdOrderHermitePolynomialInterpolation]
     ] = diffrax.ThirdOrderHermitePolynomialInterpolation
@@ -110,15 +120,15 @@ class AsynchronousLeapfrog(
                 "other, as `full_sync=True` needs `damping=1`."
             )
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2 if self.damping == 1 else 1
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -139,7 +149,7 @@ class AsynchronousLeapfrog(
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,

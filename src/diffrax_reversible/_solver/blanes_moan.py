@@ -1,8 +1,6 @@
 from typing import ClassVar, final
 
-import diffrax
-from jaxtyping import PyTree
-
+from .._compat import Terms
 from .splitting import AbstractSplitting, palindrome
 
 
@@ -65,7 +63,7 @@ class BlanesMoan4(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _odd(_a_4)
     drifts: ClassVar[tuple[float, ...]] = _even(_b_4)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 4
 
 
@@ -106,7 +104,7 @@ class BlanesMoan6(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _odd(_a_6)
     drifts: ClassVar[tuple[float, ...]] = _even(_b_6)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 6
 
 

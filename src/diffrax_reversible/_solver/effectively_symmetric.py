@@ -1,14 +1,22 @@
 import math
 from collections.abc import Callable
-from typing import ClassVar, final, TypeAlias
+from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
 from .._method.base import AbstractReversibleSolver
 from .._method.explicit_rk import explicit_rk_increment
 
@@ -54,21 +62,21 @@ class _AbstractEffectivelySymmetric(
     diffrax.AbstractAdaptiveSolver[_SolverState],
     diffrax.AbstractStratonovichSolver[_SolverState],
 ):
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[
         Callable[..., diffrax.ThirdOrderHermitePolynomialInterpolation]
     ] = diffrax.ThirdOrderHermitePolynomialInterpolation
     tableau: eqx.AbstractClassVar[diffrax.ButcherTableau]
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -78,7 +86,7 @@ class _AbstractEffectivelySymmetric(
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -87,7 +95,7 @@ class _AbstractEffectivelySymmetric(
 
     def step(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -106,7 +114,7 @@ class _AbstractEffectivelySymmetric(
 
     def backward_step(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,

@@ -1,8 +1,6 @@
 from typing import ClassVar, final
 
-import diffrax
-from jaxtyping import PyTree
-
+from .._compat import Terms
 from .splitting import AbstractSplitting, composition, palindrome
 
 
@@ -70,7 +68,7 @@ class KahanLi6(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _kicks_6
     drifts: ClassVar[tuple[float, ...]] = _drifts_6
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 6
 
 
@@ -112,7 +110,7 @@ class KahanLi8(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _kicks_8
     drifts: ClassVar[tuple[float, ...]] = _drifts_8
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 8
 
 

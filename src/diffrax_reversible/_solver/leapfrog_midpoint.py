@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
 from .._method.controlled import precision, rms
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.interpolation import hermite_or_linear
@@ -76,7 +85,7 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         ```
     """
 
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     # What was advanced is `y`, and what was `y` is now the previous value.
     permutation: ClassVar[tuple[int, ...]] = (1, 0)
     full_sync: bool = False
@@ -90,12 +99,12 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
     def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
         return hermite_or_linear("LeapfrogMidpoint", self.interpolation)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -109,7 +118,7 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -151,7 +160,7 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
 
     def control(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         fixed: PyTree,

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
 from .._method.controlled import precision, rms
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.interpolation import hermite_or_linear
@@ -74,7 +83,7 @@ class ReversibleHeun(
         ```
     """
 
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     has_evaluate: ClassVar[bool] = True
     full_sync: bool = False
     # "hermite" or "linear". (Checked below, with a message better than a checker's.)
@@ -91,15 +100,15 @@ class ReversibleHeun(
     def resets(self) -> bool:
         return self.full_sync
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -111,7 +120,7 @@ class ReversibleHeun(
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -165,7 +174,7 @@ class ReversibleHeun(
 
     def evaluate(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t: RealScalarLike,
         registers: tuple[PyTree, ...],
         args: Args,
@@ -175,7 +184,7 @@ class ReversibleHeun(
 
     def evaluate_after_jump(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t: RealScalarLike,
         registers: tuple[PyTree, ...],
         args: Args,

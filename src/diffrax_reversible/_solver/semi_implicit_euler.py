@@ -4,7 +4,7 @@ from typing import Any, ClassVar, final, TypeAlias
 import diffrax
 from jaxtyping import PyTree
 
-from .._compat import Args, DenseInfo, RealScalarLike, VF, Y
+from .._compat import Args, DenseInfo, RealScalarLike, Term, Terms, VF, Y
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 
@@ -50,17 +50,17 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
         ```
     """
 
-    term_structure: ClassVar = (diffrax.AbstractTerm, diffrax.AbstractTerm)
+    term_structure: ClassVar[Any] = (diffrax.AbstractTerm, diffrax.AbstractTerm)
     interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
         diffrax.LocalLinearInterpolation
     )
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 1
 
     def init(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: tuple[PyTree, PyTree],
@@ -70,7 +70,7 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
 
     def func(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         y0: tuple[PyTree, PyTree],
         args: Args,
@@ -87,7 +87,7 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
 
     def control(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         fixed: PyTree,

@@ -16,6 +16,8 @@ from .._compat import (
     DenseInfo,
     is_sde,
     RealScalarLike,
+    Term,
+    Terms,
     VF,
     WrapTerm,
     Y,
@@ -143,7 +145,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
     methods cannot be used for SDEs.
     """
 
-    term_structure: ClassVar = (diffrax.AbstractTerm, diffrax.AbstractTerm)
+    term_structure: ClassVar[Any] = (diffrax.AbstractTerm, diffrax.AbstractTerm)
     interpolation_cls: ClassVar[Callable[..., SplittingInterpolation]] = (
         SplittingInterpolation
     )
@@ -190,7 +192,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
 
     def init(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: tuple[PyTree, PyTree],
@@ -206,7 +208,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
 
     def func(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         y0: tuple[PyTree, PyTree],
         args: Args,
@@ -235,7 +237,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
 
     def control(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         fixed: PyTree,
@@ -248,7 +250,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
 
     def evaluate(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t: RealScalarLike,
         registers: tuple[PyTree, ...],
         args: Args,
@@ -310,7 +312,7 @@ def _after(t0, t1, fractions, made):
     return t0 + math.fsum(fractions[:made]) * (t1 - t0)
 
 
-def _is_time(term: diffrax.AbstractTerm) -> bool:
+def _is_time(term: Term) -> bool:
     """Whether the control is the time that has passed."""
     if isinstance(term, WrapTerm):
         return _is_time(term.term)

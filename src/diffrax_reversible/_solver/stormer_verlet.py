@@ -3,7 +3,7 @@ from typing import final, Literal
 import diffrax
 from jaxtyping import PyTree
 
-from .._compat import RealScalarLike
+from .._compat import RealScalarLike, Terms
 from .splitting import AbstractSplitting
 
 
@@ -67,10 +67,10 @@ class StormerVerlet(AbstractSplitting, diffrax.AbstractStratonovichSolver[PyTree
     def drifts(self) -> tuple[float, ...]:
         return (1.0,) if self.form == "velocity" else (0.5, 0.5)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
 

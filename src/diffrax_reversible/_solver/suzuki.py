@@ -1,8 +1,6 @@
 from typing import ClassVar, final
 
-import diffrax
-from jaxtyping import PyTree
-
+from .._compat import Terms
 from .splitting import AbstractSplitting, composition, palindrome
 
 
@@ -47,7 +45,7 @@ class Suzuki4(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _kicks
     drifts: ClassVar[tuple[float, ...]] = _drifts
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 4
 
 

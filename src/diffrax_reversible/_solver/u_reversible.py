@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, is_sde, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    is_sde,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
 from .._method import controlled as controlled
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
@@ -123,7 +133,7 @@ class UReversible(
 
     def __init__(
         self,
-        solver: diffrax.AbstractSolver,
+        solver: diffrax.AbstractSolver[Any],
         coupling_parameter: float | int | Literal["auto"] = "auto",
     ):
         check_base(solver)
@@ -158,15 +168,13 @@ class UReversible(
     def scan_kind(self) -> Any:
         return self.solver.scan_kind
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
+    def order(self, terms: Terms) -> int | None:
         return self.solver.order(terms)
 
-    def strong_order(
-        self, terms: PyTree[diffrax.AbstractTerm]
-    ) -> RealScalarLike | None:
+    def strong_order(self, terms: Terms) -> RealScalarLike | None:
         return self.solver.strong_order(terms)
 
-    def error_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike | None:
+    def error_order(self, terms: Terms) -> RealScalarLike | None:
         return self.solver.error_order(terms)
 
     @property
@@ -184,7 +192,7 @@ class UReversible(
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -211,7 +219,7 @@ class UReversible(
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -297,7 +305,7 @@ class UReversible(
 
     def control(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         fixed: PyTree,
