@@ -7,14 +7,14 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Bool, Float, Int
 
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import distance
 from ._adjoint.plan import make_forward
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.steps import Window
-from ._compat import BoolScalarLike, host_loop, RealScalarLike, Terms
+from ._compat import ArrayTree, BoolScalarLike, host_loop, PyTree, RealScalarLike, Terms
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
 from ._registry import to_reversible
@@ -103,8 +103,8 @@ def diagnose(
     t0: RealScalarLike,
     t1: RealScalarLike,
     dt0: RealScalarLike | None,
-    y0: PyTree[ArrayLike],
-    args: PyTree[Any] = None,
+    y0: ArrayTree,
+    args: PyTree = None,
     *,
     saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
     stepsize_controller: diffrax.AbstractStepSizeController[Any, Any] = (
@@ -115,8 +115,8 @@ def diagnose(
     max_steps: int | None = 4096,
     throw: bool = False,
     progress_meter: diffrax.AbstractProgressMeter[Any] = diffrax.NoProgressMeter(),
-    solver_state: PyTree[ArrayLike] | None = None,
-    controller_state: PyTree[ArrayLike] | None = None,
+    solver_state: ArrayTree | None = None,
+    controller_state: ArrayTree | None = None,
     made_jump: BoolScalarLike | None = None,
     discrete_terminating_event: Any = None,
 ) -> Diagnosis:

@@ -16,11 +16,19 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, PyTree, Real
+from jaxtyping import Array, ArrayLike, Real
 
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import check_tolerance, default_tolerance, distance
-from ._compat import is_sub_save_at, is_unsafe_sde, RealScalarLike, Terms, WrapTerm
+from ._compat import (
+    ArrayTree,
+    is_sub_save_at,
+    is_unsafe_sde,
+    PyTree,
+    RealScalarLike,
+    Terms,
+    WrapTerm,
+)
 from ._method.base import AbstractReversibleSolver
 from ._method.coupling import AbstractCouplingSolver
 from ._method.tree import stop_gradient
@@ -38,8 +46,8 @@ def reverse_solve(
     t0: RealScalarLike,
     t1: RealScalarLike,
     dt0: RealScalarLike | None,
-    y1: PyTree[ArrayLike],
-    args: PyTree[Any] = None,
+    y1: ArrayTree,
+    args: PyTree = None,
     *,
     solver_state: PyTree = None,
     step_ts: Real[ArrayLike, " steps"] | Sequence[RealScalarLike] | None = None,

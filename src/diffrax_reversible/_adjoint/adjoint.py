@@ -2,12 +2,12 @@ import functools as ft
 from typing import Any, Literal
 
 import diffrax
-from jaxtyping import PyTree
 
 from .._compat import (
     host_loop,
     is_unsafe_sde,
     loop_without_saving,
+    PyTree,
     RealScalarLike,
     Terms,
 )
@@ -121,7 +121,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     def loop(
         self,
         *,
-        args: PyTree[Any],
+        args: PyTree,
         terms: Terms,
         solver: diffrax.AbstractSolver[Any],
         stepsize_controller: diffrax.AbstractStepSizeController[Any, Any],

@@ -6,9 +6,8 @@ import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.tree_util as jtu
-from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, PyTree, RealScalarLike, Terms, Y
 from .base import AbstractReversibleSolver
 from .tree import stop_gradient, tree_add
 

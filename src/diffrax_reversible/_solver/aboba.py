@@ -7,12 +7,13 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from .._compat import (
     Args,
     BoolScalarLike,
     DenseInfo,
+    PyTree,
     RealScalarLike,
     Terms,
     VF,

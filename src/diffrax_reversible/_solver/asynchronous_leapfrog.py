@@ -7,13 +7,14 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._compat import (
     Args,
     BoolScalarLike,
     DenseInfo,
     is_sde,
+    PyTree,
     RealScalarLike,
     Term,
     Terms,

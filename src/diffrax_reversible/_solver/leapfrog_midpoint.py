@@ -5,12 +5,13 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._compat import (
     Args,
     BoolScalarLike,
     DenseInfo,
+    PyTree,
     RealScalarLike,
     Term,
     Terms,

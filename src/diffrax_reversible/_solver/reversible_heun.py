@@ -5,12 +5,12 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
 
 from .._compat import (
     Args,
     BoolScalarLike,
     DenseInfo,
+    PyTree,
     RealScalarLike,
     Term,
     Terms,

@@ -2,9 +2,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
-from jaxtyping import PyTree
 
-from .._compat import Args, DenseInfo, RealScalarLike, Term, Terms, VF, Y
+from .._compat import Args, DenseInfo, PyTree, RealScalarLike, Term, Terms, VF, Y
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 

@@ -8,13 +8,13 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
 
 from .._compat import (
     Args,
     BoolScalarLike,
     DenseInfo,
     is_sde,
+    PyTree,
     RealScalarLike,
     Term,
     Terms,

@@ -1,9 +1,8 @@
 from typing import final, Literal
 
 import diffrax
-from jaxtyping import PyTree
 
-from .._compat import RealScalarLike, Terms
+from .._compat import PyTree, RealScalarLike, Terms
 from .splitting import AbstractSplitting
 
 
