@@ -1,14 +1,8 @@
-"""Undoing a whole solve.
-
-diffrax itself makes the steps: it is given a solver whose steps are those of
-`backward_step`, and a step size controller that goes back from time to time. The host
-integrates over reversed time, and here that is reversed once more: so `backward_step`
-is called with the very terms and times that `step` was called with.
-"""
+"""Undoing a whole solve. diffrax itself makes the steps: see `_backwards`."""
 
 import functools as ft
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -20,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Real
 
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import check_tolerance, default_tolerance, distance
+from ._backwards import Backwards, Retrace, with_recorded
 from ._compat import (
     ArrayTree,
     is_sub_save_at,
@@ -144,6 +139,53 @@ def reverse_solve(
     ```
     """
     solver = to_reversible(solver, "reverse_solve")
+    _check_arguments(terms, dt0, step_ts, saveat, adjoint, max_steps, drift_tolerance)
+    t0, t1, y1 = _as_diffrax_does(t0, t1, dt0, y1, saveat)
+    direction = jnp.where(t0 < t1, 1, -1)
+    ts = lax.stop_gradient(_step_times(t0, t1, dt0, step_ts, max_steps, direction))
+    num_steps = jnp.sum(jnp.isfinite(ts) & (ts * direction > t0 * direction))
+
+    # As diffrax has them, of the solve to be undone.
+    forwards = jtu.tree_map(lambda x: WrapTerm(x, direction), terms, is_leaf=_is_term)
+    start = ft.partial(_start, solver, *stop_gradient((forwards, ts * direction, args)))
+    # Of the right structure; nothing in it is used but what does not depend on `y`.
+    example_y = stop_gradient(y1)
+    example = start(example_y)
+    _check_is_undone(solver, example)
+    if solver_state is None:
+        solver_state = _state_from_solution(solver, forwards, t1 * direction, y1, args)
+    recorded = _recorded(solver, forwards, ts * direction, args, example_y, example)
+    if recorded and saveat.solver_state and drift_tolerance is None:
+        raise ValueError(
+            "`reverse_solve(..., drift_tolerance=None)` does not support "
+            f"`SaveAt(solver_state=True)` with `{type(solver).__name__}`, of whose "
+            "state a part is not known if the solve was resumed. Leave `solver_state` "
+            "out, or undo a solve that was not resumed."
+        )
+
+    problem = (terms, Backwards(solver, recorded), t1, t0, None, y1, args)
+    sol, y0, state0 = _solve_backwards(problem, ts, solver_state, saveat, adjoint)
+    saved_state = state0 if saveat.solver_state else None
+    sol = eqx.tree_at(
+        lambda s: (s.t0, s.t1, s.solver_state), sol, (t0, t1, saved_state)
+    )
+    sol = eqx.error_if(
+        sol,
+        sol.stats["num_accepted_steps"] != num_steps,
+        "`reverse_solve` did not make as many steps as the solve had. Pass `step_ts` "
+        "in order; and use double precision for times, as diffrax joins steps that end "
+        "within 100 floating-point numbers of `t0`.",
+    )
+    if drift_tolerance is not None:
+        y0 = stop_gradient(y0)
+        states = ((y0, state0), (y0, start(y0)), (y1, solver_state))
+        sol = _check_start(sol, solver, *states, drift_tolerance)
+    return sol
+
+
+def _check_arguments(
+    terms, dt0, step_ts, saveat, adjoint, max_steps, drift_tolerance
+) -> None:
     if is_unsafe_sde(terms):
         raise ValueError(
             "`reverse_solve` does not support `diffrax.UnsafeBrownianPath`, which "
@@ -173,7 +215,9 @@ def reverse_solve(
             "pass `dt0=None` and `step_ts`, as saved by `SaveAt(steps=True)`."
         )
 
-    # As diffrax does it.
+
+def _as_diffrax_does(t0, t1, dt0, y1, saveat):
+    """The times and the solution, as arrays of the dtypes that diffrax gives them."""
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     times = [x for x in (t0, t1, dt0, *(sub.ts for sub in subs)) if x is not None]
     with jax.numpy_dtype_promotion("standard"):
@@ -181,53 +225,32 @@ def reverse_solve(
         if not jnp.issubdtype(dtype, jnp.floating):
             dtype = jnp.result_type(float)
         y1 = jtu.tree_map(lambda y: jnp.asarray(y, jnp.result_type(y, dtype)), y1)
-    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
-    direction = jnp.where(t0 < t1, 1, -1)
-    ts = lax.stop_gradient(_step_times(t0, t1, dt0, step_ts, max_steps, direction))
-    num_steps = jnp.sum(jnp.isfinite(ts) & (ts * direction > t0 * direction))
-    last = jnp.sum(jnp.isfinite(ts)) - 1
+    return jnp.asarray(t0, dtype), jnp.asarray(t1, dtype), y1
 
-    # As diffrax has them, of the solve to be undone.
-    forwards = jtu.tree_map(lambda x: WrapTerm(x, direction), terms, is_leaf=_is_term)
-    start = ft.partial(_start, solver, *stop_gradient((forwards, ts * direction, args)))
-    # Of the right structure; nothing in it is used but what does not depend on `y`.
-    example_y = stop_gradient(y1)
-    example = start(example_y)
-    _check_is_undone(solver, example)
-    if solver_state is None:
-        solver_state = _state_from_solution(solver, forwards, t1 * direction, y1, args)
-    recorded = _recorded(solver, forwards, ts * direction, args, example_y, example)
-    if recorded and saveat.solver_state and drift_tolerance is None:
-        raise ValueError(
-            "`reverse_solve(..., drift_tolerance=None)` does not support "
-            f"`SaveAt(solver_state=True)` with `{type(solver).__name__}`, of whose "
-            "state a part is not known if the solve was resumed. Leave `solver_state` "
-            "out, or undo a solve that was not resumed."
-        )
+
+def _solve_backwards(problem, ts, solver_state, saveat, adjoint):
+    """The solution as `saveat` has it, and `y` and the solver state at its start."""
+    last = jnp.sum(jnp.isfinite(ts)) - 1
 
     def reverse(sub):
         return diffrax.SubSaveAt(
             t0=sub.t1,
             t1=sub.t0,
-            ts=None if sub.ts is None else sub.ts[::-1].astype(dtype),
+            ts=None if sub.ts is None else sub.ts[::-1].astype(ts.dtype),
             steps=sub.steps,
             fn=sub.fn,
         )
 
-    subs = jtu.tree_map(reverse, saveat.subs, is_leaf=is_sub_save_at)
     sol = diffrax.diffeqsolve(
-        terms,
-        _Backwards(solver, recorded),
-        t1,
-        t0,
-        None,
-        y1,
-        args,
+        *problem,
         solver_state=(jtu.tree_map(_as_array, solver_state), last),
-        stepsize_controller=_Retrace(ts, last),
+        stepsize_controller=Retrace(ts, last),
         # The second for the check.
         saveat=diffrax.SaveAt(
-            subs=(subs, diffrax.SubSaveAt(t1=True)),
+            subs=(
+                jtu.tree_map(reverse, saveat.subs, is_leaf=is_sub_save_at),
+                diffrax.SubSaveAt(t1=True),
+            ),
             dense=saveat.dense,
             solver_state=True,
         ),
@@ -240,31 +263,9 @@ def reverse_solve(
     ys = jtu.tree_map(
         lambda t, y: jtu.tree_map(lambda x: x[_order(t)], y), ts_saved, ys
     )
-    sol = eqx.tree_at(
-        lambda s: (s.t0, s.t1, s.ts, s.ys, s.solver_state),
-        sol,
-        (
-            t0,
-            t1,
-            jtu.tree_map(lambda t: t[_order(t)], ts_saved),
-            ys,
-            state0 if saveat.solver_state else None,
-        ),
-        is_leaf=lambda x: x is None,
-    )
-
-    sol = eqx.error_if(
-        sol,
-        sol.stats["num_accepted_steps"] != num_steps,
-        "`reverse_solve` did not make as many steps as the solve had. Pass `step_ts` "
-        "in order; and use double precision for times, as diffrax joins steps that end "
-        "within 100 floating-point numbers of `t0`.",
-    )
-    if drift_tolerance is not None:
-        y0 = stop_gradient(jtu.tree_map(lambda x: x[0], y0))
-        states = ((y0, state0), (y0, start(y0)), (y1, solver_state))
-        sol = _check_start(sol, solver, *states, drift_tolerance)
-    return sol
+    ts_saved = jtu.tree_map(lambda t: t[_order(t)], ts_saved)
+    sol = eqx.tree_at(lambda s: (s.ts, s.ys), sol, (ts_saved, ys))
+    return sol, jtu.tree_map(lambda x: x[0], y0), state0
 
 
 def _is_term(x: Any) -> bool:
@@ -373,7 +374,7 @@ def _recorded(solver, terms, ts, args, y1, state) -> list[Array]:
     # evaluate is not used.
     def body(values, interval):
         t0, t1 = interval
-        state0 = _with_recorded(solver, state, values)
+        state0 = with_recorded(solver, state, values)
         _, _, _, state1, _ = solver.step(terms, t0, t1, y1, args, state0, False)
         # (The times given to `StepTo` start with `t0`, which is no step.)
         new_values = [
@@ -384,12 +385,6 @@ def _recorded(solver, terms, ts, args, y1, state) -> list[Array]:
 
     _, recorded = lax.scan(body, values, (ts[:-1], ts[1:]))
     return stop_gradient(recorded)
-
-
-def _with_recorded(solver, state: PyTree, values: list[Array]) -> PyTree:
-    if len(values) == 0:
-        return state
-    return eqx.tree_at(lambda s: jtu.tree_leaves(solver.recorded(s)), state, values)
 
 
 def _check_start(sol, solver, rebuilt, start, end, tolerance):
@@ -412,126 +407,3 @@ def _check_start(sol, solver, rebuilt, start, end, tolerance):
         "errors have grown too much on the way back. If that solve was resumed, and so "
         "did not start at `t0`, use `drift_tolerance=None`.",
     )
-
-
-def _reversed(terms: Terms) -> Terms:
-    """The terms of a solve over reversed time, as those of the solve to be undone."""
-    is_wrapped = lambda x: isinstance(x, WrapTerm)
-    return jtu.tree_map(
-        lambda x: WrapTerm(x.term, -x.direction), terms, is_leaf=is_wrapped
-    )
-
-
-@final
-class _Backwards(AbstractReversibleSolver, diffrax.AbstractStratonovichSolver):
-    """Undoes steps, and so is undone by making them. Its state has the number of steps
-    that are left. (Marked, for the host not to warn, as if for one kind of SDEs: it
-    makes no step of its own.)"""
-
-    solver: AbstractReversibleSolver
-    recorded_values: list[Array]
-
-    @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
-    def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
-        return _ReversedInterpolation(self.solver.interpolation_cls)
-
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
-
-    def init(self, terms, t0, t1, y0, args):
-        assert False  # `reverse_solve` passes the state.
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        del made_jump
-        state, index = solver_state
-        index = index - 1
-        # (An element of a batch that is done makes steps before the first.)
-        values = [x[jnp.maximum(index, 0)] for x in self.recorded_values]
-        y1, dense_info, state = self.solver.backward_step(
-            _reversed(terms),
-            -t1,
-            -t0,
-            y0,
-            args,
-            _with_recorded(self.solver, state, values),
-            False,
-        )
-        return y1, None, dense_info, (state, index), diffrax.RESULTS.successful
-
-    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
-        del made_jump
-        state, index = solver_state
-        y0, _, dense_info, state, _ = self.solver.step(
-            _reversed(terms), -t1, -t0, y1, args, state, False
-        )
-        return y0, dense_info, (state, index + 1)
-
-
-class _ReversedInterpolation(eqx.Module):
-    interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation] = eqx.field(
-        static=True
-    )
-
-    def __call__(self, *, t0, t1, **dense_info):
-        return _Reversed(self.interpolation_cls(t0=-t1, t1=-t0, **dense_info))
-
-
-class _Reversed(diffrax.AbstractLocalInterpolation):
-    interpolation: diffrax.AbstractLocalInterpolation
-
-    @property
-    def t0(self):
-        return -self.interpolation.t1
-
-    @property
-    def t1(self):
-        return -self.interpolation.t0
-
-    def evaluate(self, t0, t1=None, left=True):
-        t1 = None if t1 is None else -t1
-        return self.interpolation.evaluate(-t0, t1, not left)
-
-    def derivative(self, t, left=True):
-        out = self.interpolation.derivative(-t, not left)
-        return jtu.tree_map(lambda x: -x, out)
-
-
-class _Retrace(diffrax.AbstractStepSizeController):
-    """Steps from `ts[last]` to the one before, and so on."""
-
-    ts: Array
-    last: Array
-
-    def wrap(self, direction):
-        return _Retrace(self.ts * direction, self.last)
-
-    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
-        del terms, t0, t1, y0, dt0, args, func, error_order
-        index = jnp.maximum(self.last - 1, 0)
-        # diffrax takes the smaller of this and the end, and the derivative of both if
-        # they are the same.
-        return jnp.where(index == 0, jnp.inf, self.ts[index]), index
-
-    def adapt_step_size(
-        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
-    ):
-        del t0, y0, y1_candidate, args, y_error, error_order
-        index = jnp.maximum(controller_state - 1, 0)
-        return True, t1, self.ts[index], False, index, diffrax.RESULTS.successful

@@ -1,13 +1,12 @@
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
 
 from .._compat import (
     Args,
@@ -21,19 +20,12 @@ from .._compat import (
     VF,
     Y,
 )
-from .._method.controlled import precision, rms
+from .._method import restart
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 
 
 # `v`; and with `full_sync`, `(v, sync, memo)` where `sync` is whether to do so next.
 _SolverState: TypeAlias = PyTree
-
-
-class _Memo(NamedTuple):
-    # The error estimate of the step before.
-    y_error: PyTree
-    # Steps since the last start.
-    age: Array
 
 
 @final
@@ -144,8 +136,7 @@ class AsynchronousLeapfrog(
             )
         v = terms.vf(t0, y0, args)
         if self.full_sync:
-            zeros = jtu.tree_map(jnp.zeros_like, y0)
-            return v, jnp.array(False), _Memo(zeros, jnp.array(0))
+            return v, jnp.array(False), restart.init(y0)
         return v
 
     def func(
@@ -243,15 +234,8 @@ class AsynchronousLeapfrog(
         if not self.full_sync:
             return fixed, memo
         y1, _ = registers1
-        # The estimate is half of `h**2 y''`, and the parasitic solution, of alternating
-        # sign.
-        smooth = rms(jtu.tree_map(lambda a, b: a + b, y_error, memo.y_error))
-        alternating = rms(jtu.tree_map(lambda a, b: a - b, y_error, memo.y_error))
-        eps = float(precision(y1).eps)
-        # (In the first step after a start there is nothing to compare with.)
-        sync = ~(alternating <= 4 * smooth + 16 * eps * rms(y1)) & (memo.age >= 1)
-        age = jnp.where(sync, 0, memo.age + 1)
-        return sync, _Memo(y_error, age)
+        # The estimate is half of `h**2 y''`, and the parasitic solution.
+        return restart.update(memo, y_error, y1, 1)
 
 
 def _check_damping(damping) -> float:

@@ -1,11 +1,10 @@
 from collections.abc import Callable
-from typing import Any, ClassVar, final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
 
 from .._compat import (
     Args,
@@ -18,19 +17,13 @@ from .._compat import (
     VF,
     Y,
 )
-from .._method.controlled import precision, rms
+from .._method import restart
 from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
 from .._method.interpolation import hermite_or_linear
 
 
-# `(t_prev, y_prev)`, and with `full_sync` whether to do so next, and a `_Memo`.
+# `(t_prev, y_prev)`, and with `full_sync` whether to do so next, and a `restart.Memo`.
 _SolverState: TypeAlias = tuple[Any, ...]
-
-
-class _Memo(NamedTuple):
-    q: PyTree
-    # Steps since the last start.
-    age: Array
 
 
 @final
@@ -113,8 +106,7 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
     ) -> _SolverState:
         del terms, t1, args
         if self.full_sync:
-            zeros = jtu.tree_map(jnp.zeros_like, y0)
-            return t0, y0, jnp.array(False), _Memo(zeros, jnp.array(0))
+            return t0, y0, jnp.array(False), restart.init(y0)
         return t0, y0
 
     def func(
@@ -198,15 +190,11 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         _, y1 = registers1
         *_, info = infos
         # How far the step is from one of Euler's: half of `h**2 y''`, and twice the
-        # parasitic solution, of alternating sign.
+        # parasitic solution.
         q = jtu.tree_map(lambda y1, y0, k: y1 - y0 - 0.5 * k, y1, y0, info["k"])
-        smooth = rms(jtu.tree_map(lambda a, b: a + b, q, memo.q))
-        alternating = rms(jtu.tree_map(lambda a, b: a - b, q, memo.q))
-        eps = float(precision(y1).eps)
-        # After a start the two are equal. (And unknown in the first two steps.)
-        sync = ~(alternating <= 4 * smooth + 16 * eps * rms(y1)) & (memo.age >= 2)
-        age = jnp.where(sync, 0, memo.age + 1)
-        return (t_prev, sync), _Memo(q, age)
+        # (After a start the two solutions are equal.)
+        sync, memo = restart.update(memo, q, y1, 2)
+        return (t_prev, sync), memo
 
     def couplings(self) -> tuple[Coupling, ...]:
         if self.full_sync:
