@@ -69,13 +69,13 @@ from importlib.metadata import version as _version
 from . import _citation as _citation  # Adds to `diffrax.citation`.
 from ._adjoint.adjoint import ReversibleAdjoint as ReversibleAdjoint
 from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
-from ._method.base import AbstractReversibleSolver as AbstractReversibleSolver
-from ._method.coupling import (
-    AbstractCouplingSolver as AbstractCouplingSolver,
+from ._method.affine import (
     Coupling as Coupling,
     Registers as Registers,
     StepInfo as StepInfo,
 )
+from ._method.base import AbstractReversibleSolver as AbstractReversibleSolver
+from ._method.coupling import AbstractCouplingSolver as AbstractCouplingSolver
 from ._registry import register_reversible as register_reversible
 from ._reverse_solve import reverse_solve as reverse_solve
 from ._solver.aboba import ABOBA as ABOBA

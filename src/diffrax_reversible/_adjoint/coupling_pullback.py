@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._method.affine import Registers, StepInfo
 from .._method.base import AbstractReversibleSolver
-from .._method.coupling import AbstractCouplingSolver, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.tree import stop_gradient, tree_add
 from .functions import of_dtype
 from .pullback import AbstractPullback, add_step, GenericPullback, Grads, Rebuilt, Start

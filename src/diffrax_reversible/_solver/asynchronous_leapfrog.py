@@ -21,7 +21,8 @@ from .._compat import (
     Y,
 )
 from .._method import restart
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 
 
 # `v`; and with `full_sync`, `(v, sync, memo)` where `sync` is whether to do so next.

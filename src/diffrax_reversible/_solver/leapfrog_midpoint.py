@@ -18,7 +18,8 @@ from .._compat import (
     Y,
 )
 from .._method import restart
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.interpolation import hermite_or_linear
 
 

@@ -17,8 +17,9 @@ from .._compat import (
     VF,
     Y,
 )
+from .._method.affine import Coupling, Registers, StepInfo
 from .._method.controlled import precision, rms
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.interpolation import hermite_or_linear
 
 

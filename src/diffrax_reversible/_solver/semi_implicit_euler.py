@@ -4,7 +4,8 @@ from typing import Any, ClassVar, final, TypeAlias
 import diffrax
 
 from .._compat import Args, DenseInfo, PyTree, RealScalarLike, Term, Terms, VF, Y
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 
 
 _SolverState: TypeAlias = None

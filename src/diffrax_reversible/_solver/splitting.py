@@ -22,8 +22,9 @@ from .._compat import (
     WrapTerm,
     Y,
 )
+from .._method.affine import Coupling, Registers, StepInfo
 from .._method.continuous_extension import corrections
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 
 
 # The evaluation that two neighbouring steps share.

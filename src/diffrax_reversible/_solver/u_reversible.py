@@ -21,7 +21,8 @@ from .._compat import (
     Y,
 )
 from .._method import controlled as controlled
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
 from .._method.interpolation import has_own_interpolation
 from .._method.srk import srk_control, srk_increment
