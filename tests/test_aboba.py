@@ -191,7 +191,7 @@ def test_counts():
 
 def test_refused():
     path = diffrax.VirtualBrownianTree(0.0, 1.0, 0.1, (2,), jax.random.key(0))
-    with pytest.raises(ValueError, match="levy_area=SpaceTimeLevyArea"):
+    with pytest.raises(ValueError, match="levy_area=diffrax.SpaceTimeLevyArea"):
         _solve(_terms(path), 8)
     path = Polygon(walk(jax.random.key(0), 10, 2))
     drift, _ = _terms(path).terms

@@ -56,7 +56,7 @@ def test_unstable_names_are_in_one_file():
 
 # Which packages and modules each may import, beside `_compat` and `_jax_compat`.
 LAYERS = ["_method", "_solver", "_registry", "_adjoint"]
-SURFACE = {"_citation", "_diagnose", "_reverse_solve", "__init__"}
+SURFACE = {"_backwards", "_citation", "_diagnose", "_reverse_solve", "__init__"}
 
 
 def test_imports_run_one_way():
@@ -107,40 +107,87 @@ def test_unsupported_host(monkeypatch, change):
 
 def test_typed_and_public():
     assert (SOURCE / "py.typed").exists()
-    names = [x for x in vars(diffrax_reversible) if not x.startswith("_")]
+    names = {x for x in vars(diffrax_reversible) if not x.startswith("_")}
     # (Put there by the hook that checks annotations.)
-    names = set(names) - {"jaxtyping"}
-    public = {
-        "ABOBA",
-        "AbstractCouplingSolver",
-        "AbstractReversibleSolver",
-        "AbstractSplitting",
-        "AsynchronousLeapfrog",
-        "BlanesMoan4",
-        "BlanesMoan6",
-        "Coupling",
-        "diagnose",
-        "Diagnosis",
-        "EES25",
-        "EES27",
-        "ForestRuth",
-        "KahanLi6",
-        "KahanLi8",
-        "LeapfrogMidpoint",
-        "Registers",
-        "register_reversible",
-        "ReversibleAdjoint",
-        "ReversibleHeun",
-        "reverse_solve",
-        "SemiImplicitEuler",
-        "StepInfo",
-        "StormerVerlet",
-        "Suzuki4",
-        "UReversible",
+    names = names - {"jaxtyping"}
+    assert sorted(names) == sorted(diffrax_reversible.__all__)
+
+
+PUBLIC = {
+    name: getattr(diffrax_reversible, name) for name in diffrax_reversible.__all__
+}
+
+
+def _arguments(fn):
+    parameters = list(inspect.signature(fn).parameters)
+    return [x for x in parameters if x not in ("self", "cls")]
+
+
+def _documents(doc, names):
+    """Whether each has an item in a list of the docstring, which some may share."""
+    items = re.findall(r"^\s*- (`.*?`):", doc, re.M)
+    found = set(re.findall(r"`(\w+)`", " ".join(items)))
+    return set(names) <= found
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_documented(name):
+    x = PUBLIC[name]
+    doc = x.__doc__
+    assert doc
+    # The first paragraph says what it is, and is no longer than three lines.
+    summary, *_ = inspect.cleandoc(doc).split("\n\n")
+    assert len(summary.splitlines()) <= 3
+    if not inspect.isclass(x):
+        # (`diagnose` documents what differs from `diffeqsolve`.)
+        assert "**Arguments:**" in doc and "**Returns:**" in doc
+        assert name == "diagnose" or _documents(doc, _arguments(x))
+    elif inspect.isabstract(x) or name.startswith("Abstract"):
+        assert not _arguments(x)
+    elif issubclass(x, tuple) or name == "Diagnosis":
+        fields = x._fields if issubclass(x, tuple) else x.__dataclass_fields__
+        assert "**Attributes:**" in doc and _documents(doc, fields)
+    else:
+        assert x.__init__.__doc__.startswith("**Arguments:**")
+        assert _documents(x.__init__.__doc__, _arguments(x))
+
+
+CLASSES = [name for name, x in PUBLIC.items() if inspect.isclass(x)]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_methods_documented(name):
+    # Those that are new in this class: others are documented where they are.
+    x = PUBLIC[name]
+    inherited = set().union(*map(dir, x.__bases__))
+    for attribute, method in vars(x).items():
+        is_new = not attribute.startswith("_") and attribute not in inherited
+        if is_new and inspect.isfunction(method):
+            assert method.__doc__, attribute
+
+
+def test_diagnose_takes_what_diffeqsolve_takes():
+    def kinds(fn):
+        parameters = inspect.signature(fn).parameters.values()
+        return [(p.name, p.kind, p.default is p.empty) for p in parameters]
+
+    assert kinds(diffrax_reversible.diagnose) == kinds(diffrax.diffeqsolve)
+
+
+def test_table_of_solvers():
+    """In the docstring of the package: it has each of them, and the right orders."""
+    rows = re.findall(r"^(\w+)\(.*?\) +(\w+) ", diffrax_reversible.__doc__ or "", re.M)
+    solvers = {
+        name
+        for name, x in PUBLIC.items()
+        if inspect.isclass(x)
+        and issubclass(x, diffrax.AbstractSolver)
+        and not name.startswith("Abstract")
     }
-    assert names == public
-    for name in public:
-        assert inspect.getdoc(getattr(diffrax_reversible, name))
+    assert {name for name, _ in rows} == solvers
+    for name, order in rows:
+        if name != "UReversible":
+            assert PUBLIC[name]().order(None) == int(order), name
 
 
 def test_version():

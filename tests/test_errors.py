@@ -14,6 +14,7 @@ import diffrax_reversible as dfxr
 from diffrax_reversible._adjoint.adjoint import _check_sum_over_batch
 from diffrax_reversible._adjoint.check import check
 from diffrax_reversible._solver.asynchronous_leapfrog import _check_damping
+from diffrax_reversible._solver.bases import check_base
 from diffrax_reversible._solver.u_reversible import _check_coupling_parameter
 
 from .helpers import CouplingLeapfrog, GenericLeapfrog
@@ -40,17 +41,69 @@ def solve(
     )
 
 
+class _HasSrkStep(diffrax.ShARK):
+    def step(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+class _Other(diffrax.AbstractSolver):
+    term_structure = diffrax.ODETerm
+    interpolation_cls = diffrax.LocalLinearInterpolation
+
+    def init(self, *args):
+        raise NotImplementedError
+
+    def func(self, *args):
+        raise NotImplementedError
+
+    def step(self, *args):
+        raise NotImplementedError
+
+
+# What was asked for, as the user spells it, and what to use instead.
 @pytest.mark.parametrize(
-    "solver", [diffrax.Euler(), diffrax.Kvaerno3(), diffrax.HalfSolver(diffrax.Tsit5())]
+    "solver,asked,instead",
+    [
+        (diffrax.Euler(), "diffrax.Euler()", "Use `UReversible(diffrax.Heun())`"),
+        (diffrax.EulerHeun(), "diffrax.EulerHeun()", "`UReversible(diffrax.Heun())`."),
+        (
+            diffrax.HalfSolver(diffrax.Tsit5()),
+            "diffrax.HalfSolver()",
+            "Use `UReversible(diffrax.Tsit5())`.",
+        ),
+        (
+            diffrax.HalfSolver(diffrax.ReversibleHeun()),
+            "diffrax.HalfSolver()",
+            "Use `diffrax.ReversibleHeun()`.",
+        ),
+        (
+            diffrax.Kvaerno3(),
+            "diffrax.Kvaerno3()",
+            "RecursiveCheckpointAdjoint()` with `diffrax.Kvaerno3()`.",
+        ),
+        (diffrax.ALIGN(0.1), "diffrax.ALIGN()", "Use `ABOBA()`."),
+        (_HasSrkStep(), "_HasSrkStep()", "Use `UReversible(diffrax.Heun())`."),
+        (_Other(), "_Other()", "Use `UReversible(diffrax.Tsit5())`."),
+    ],
+    ids=repr,
 )
-def test_base_is_not_explicit_runge_kutta(solver):
-    with pytest.raises(ValueError, match="needs an instance of an explicit Runge--Kut"):
+def test_base_is_not_explicit_runge_kutta(solver, asked, instead):
+    start = re.escape(f"`UReversible({asked})` is not supported, as")
+    with pytest.raises(ValueError, match=f"^{start} .*{re.escape(instead)}"):
         dfxr.UReversible(solver)
 
 
-@pytest.mark.parametrize("solver", [RK, dfxr.ReversibleHeun()])
+def test_base_is_a_class():
+    with pytest.raises(ValueError, match=r"use `UReversible\(diffrax.Tsit5\(\)\)`"):
+        # (Not by the class, of which the tests check the annotations.)
+        check_base(diffrax.Tsit5)
+
+
+@pytest.mark.parametrize(
+    "solver", [RK, dfxr.ReversibleHeun(), diffrax.LeapfrogMidpoint()]
+)
 def test_base_is_reversible(solver):
-    with pytest.raises(ValueError, match="reversible already"):
+    with pytest.raises(ValueError, match="reversible already: use `solver="):
         dfxr.UReversible(solver)
 
 
@@ -120,8 +173,9 @@ def test_sde_needs_stratonovich(base):
 @pytest.mark.parametrize(
     "solver,remedy",
     [
-        (diffrax.Tsit5(), r"solver=UReversible\(Tsit5\(\)\)"),
-        (diffrax.Euler(), r"solver=UReversible\(diffrax.Tsit5\(\)\)"),
+        (diffrax.Tsit5(), r"solver=UReversible\(diffrax.Tsit5\(\)\)`, or"),
+        (diffrax.Euler(), r"solver=UReversible\(diffrax.Heun\(\)\)`, or"),
+        (diffrax.Kvaerno5(), r"Use `adjoint=diffrax.RecursiveCheckpointAdjoint\(\)`"),
         (
             diffrax.HalfSolver(diffrax.Tsit5()),
             r"solver=UReversible\(diffrax.Tsit5\(\)\)",
@@ -129,8 +183,10 @@ def test_sde_needs_stratonovich(base):
     ],
 )
 def test_solver_is_not_reversible(solver, remedy):
+    # (Without adaptive steps diffrax refuses an implicit solver itself.)
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=remedy):
-        solve(solver=solver)
+        solve(solver=solver, stepsize_controller=controller)
 
 
 def test_unsafe_brownian_path():
@@ -209,7 +265,7 @@ def test_registered():
     class Mine(diffrax.Heun):
         pass
 
-    with pytest.raises(ValueError, match=r"UReversible\(Mine\(\)\)"):
+    with pytest.raises(ValueError, match=r"`solver=UReversible\(Mine\(\)\)`, or"):
         solve(solver=Mine())
     dfxr.register_reversible(Mine, lambda _: dfxr.LeapfrogMidpoint())
     # Not run as itself, for its state is another: only the lookup is shown here.
@@ -495,7 +551,7 @@ PROVOKED = {
     "`AsynchronousLeapfrog(damping=...)` must be a number": lambda: _check_damping(
         None
     ),
-    "`AsynchronousLeapfrog(damping=0.5)` forgets": lambda: dfxr.AsynchronousLeapfrog(
+    "`AsynchronousLeapfrog(damping=0.5)` discards": lambda: dfxr.AsynchronousLeapfrog(
         damping=0.5
     ),
     "`AsynchronousLeapfrog(damping=...)` must be greater": (
@@ -510,12 +566,11 @@ PROVOKED = {
     "`UReversible(coupling_parameter=...)` must be greater than 0": (
         lambda: dfxr.UReversible(diffrax.Heun(), 2)
     ),
-    "is reversible already, and can be used as it is": lambda: dfxr.UReversible(RK),
-    "Any other solver can be used as it is": lambda: dfxr.UReversible(diffrax.Euler()),
-    "has several tableaus": lambda: dfxr.UReversible(_HasTableaus()),
-    "has a `step` of its own": lambda: dfxr.UReversible(_HasStep()),
-    "This one fails with": lambda: dfxr.UReversible(_HasOtherDenseInfo()),
-    ", this one gives": lambda: dfxr.UReversible(_GivesStages()),
+    "was given a class, and needs an instance": "test_base_is_a_class",
+    "is reversible already: use `solver": lambda: dfxr.UReversible(RK),
+    ")` is not supported, as `": lambda: dfxr.UReversible(_HasTableaus()),
+    ".interpolation_cls` fails: ": lambda: dfxr.UReversible(_HasOtherDenseInfo()),
+    ".interpolation_cls` gives ": lambda: dfxr.UReversible(_GivesStages()),
     "`Coupling(also=...)` must be a register other": lambda: dfxr.Coupling(
         0, lambda step, registers: (None, {}), also=0
     ),
@@ -525,7 +580,7 @@ PROVOKED = {
     "`Coupling(scale=0)` cannot be undone": lambda: dfxr.Coupling(
         0, lambda step, registers: (None, {}), scale=0.0
     ),
-    "there must be one more of either": lambda: _Method("number"),
+    "must differ in length by one": lambda: _Method("number"),
     "must add up to 1": lambda: _Method("sum"),
     "must be a palindrome": lambda: _Method("order"),
     "must not have zeros in it": lambda: _Method("zero"),
@@ -534,21 +589,21 @@ PROVOKED = {
     ),
     # When a solve starts.
     "needs a reversible solver, and `": lambda: solve(solver=diffrax.Tsit5()),
-    "does not support `diffrax.UnsafeBrownianPath`": lambda: solve(
+    "`adjoint=ReversibleAdjoint()` does not support `diffrax.Unsafe": lambda: solve(
         terms=diffrax.ControlTerm(
             lambda t, y, args: y,
             diffrax.UnsafeBrownianPath((), jax.random.key(0)),
         ),
         y0=jnp.array(1.0),
     ),
-    "is not marked as converging to the Stratonovich": lambda: _sde(
+    "marked as converging to the Stratonovich": lambda: _sde(
         dfxr.UReversible(diffrax.Tsit5())
     ),
     "neither to its Ito nor to its Stratonovich": lambda: _sde(
         dfxr.AsynchronousLeapfrog(damping=0.9)
     ),
     "sub-steps go backwards in time": lambda: _sde(dfxr.ForestRuth()),
-    "`ABOBA()` needs a Brownian motion with its": "test_aboba.py::test_refused",
+    "`ABOBA()` needs the space-time Levy area": "test_aboba.py::test_refused",
     "`ABOBA()` needs `gamma` and `u` to be the same": "test_aboba.py::test_refused",
     ".split` must not set `Registers.fixed`": lambda: solve(solver=_Wrong()),
     "has_evaluate` needs two couplings, or": lambda: _Wrong(
@@ -564,30 +619,30 @@ PROVOKED = {
     "cannot differentiate in forward mode with respect": "test_forward_mode_of_step_ts",
     # When its gradient has been computed. (By solves: elsewhere.)
     "The gradient is not finite": "test_stability.py::test_gradient_not_finite",
-    "started a step elsewhere than": lambda: jax.block_until_ready(
+    "starts a step elsewhere than": lambda: jax.block_until_ready(
         jax.grad(
             lambda y0: jnp.sum(solve(y0, stepsize_controller=_Skips(jnp.array(0.3))).ys)
         )(jnp.ones(2))
     ),
-    "The last step of a solve with an event was rejected": (
+    "stops at `max_steps` with a rejected step": (
         "test_events.py::test_last_step_rejected"
     ),
     # When it is undone.
     **{
         part: f"test_reverse_solve.py::{test}"
         for part, test in {
-            "`reverse_solve` does not support `UnsafeBrownianPath`": "test_refused",
+            "`reverse_solve` does not support `diffrax.UnsafeBro": "test_refused",
             "`SaveAt(made_jump=True)`": "test_refused",
             "`ReversibleAdjoint()`, which is the default": "test_refused",
             "`reverse_solve` does not support `max_steps=None`": "test_refused",
-            "state is not known if the solve was resumed": "test_resumed",
-            "needs to know where the steps were": "test_refused",
-            "in some of them it forgets": "test_refused",
+            "state a part is not known if the solve was resumed": "test_resumed",
+            "needs exactly one of `dt0` and `step_ts`": "test_refused",
+            "where a step discards information": "test_refused",
             "has a state, without which its steps cannot be": "test_refused",
-            "has both `recorded` and": "test_steered",
+            "both `recorded` and `steer`": "test_steered",
             "must be the ends of all steps from": "test_wrong_steps",
             "did not make as many steps as the solve had": "test_steps_too_short",
-            "did not arrive at a state with which": "test_drift",
+            "in a state with which no solve starts": "test_drift",
         }.items()
     },
     # When the package is imported.

@@ -744,5 +744,5 @@ def test_last_step_rejected(max_steps):
         return eqx.filter_jit(fn)(ks, y0)
 
     assert jnp.isfinite(gradient(False)).tolist() == [True, False]
-    with pytest.raises(RuntimeError, match="solve with an event was rejected"):
+    with pytest.raises(RuntimeError, match="stops at `max_steps` with a rejected"):
         gradient(True)

@@ -224,8 +224,8 @@ def test_user_method():
 @pytest.mark.parametrize(
     "kicks_,drifts_,match",
     [
-        ((0.5, 0.5), (0.5, 0.5), "one more of either"),
-        ((1.0,), (), "one more of either"),
+        ((0.5, 0.5), (0.5, 0.5), "must differ in length by one"),
+        ((1.0,), (), "must differ in length by one"),
         ((0.5, 0.5), (0.9,), "`Method.drifts` must add up to 1"),
         ((0.3, 0.7), (1.0,), "`Method.kicks` must be a palindrome"),
         ((0.5, 0.0, 0.5), (0.5, 0.5), "must not have zeros"),

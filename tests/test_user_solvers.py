@@ -204,7 +204,7 @@ def test_fixed_set_by_split():
         def split(self, y, solver_state):
             return dfxr.Registers((y, solver_state[0]), fixed=solver_state[1])
 
-    with pytest.raises(ValueError, match="Select that part of the solver state in"):
+    with pytest.raises(ValueError, match="select that part of the solver state in"):
         solve(Wrong(1.0), Y0, jnp.array(1.3), dfxr.ReversibleAdjoint())
 
 

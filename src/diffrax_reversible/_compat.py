@@ -19,9 +19,10 @@ its inside is needed. It is all named in this one file, was checked on the versi
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING, TypeAlias
 
 import diffrax
+from jaxtyping import ArrayLike
 
 
 SUPPORTED_DIFFRAX = ("0.7.0", "0.7.1", "0.7.2")
@@ -117,12 +118,8 @@ def _unsupported(reason: str) -> ImportError:
 try:
     from diffrax._autocitation import citation_rules as citation_rules
     from diffrax._custom_types import (
-        Args as Args,
         BoolScalarLike as BoolScalarLike,
-        DenseInfo as DenseInfo,
         RealScalarLike as RealScalarLike,
-        VF as VF,
-        Y as Y,
     )
     from diffrax._heuristics import (
         is_sde as is_sde,
@@ -134,6 +131,14 @@ try:
         State as State,
     )
     from diffrax._term import WrapTerm as WrapTerm
+
+    if not TYPE_CHECKING:  # (See below.)
+        from diffrax._custom_types import (
+            Args as Args,
+            DenseInfo as DenseInfo,
+            VF as VF,
+            Y as Y,
+        )
 except ImportError as e:
     raise _unsupported(f"an internal name is gone ({e})") from e
 
@@ -141,6 +146,25 @@ _reason = host_mismatch(diffrax.AbstractAdjoint.loop, host_loop, State, SaveStat
 if _reason is not None:
     raise _unsupported(_reason)
 del _reason
+
+
+# To a type checker jaxtyping's `PyTree` is unknown, so that it may be anything. `Any`
+# says the same, and counts as an annotation.
+if TYPE_CHECKING:
+    PyTree: TypeAlias = Any
+    ArrayTree: TypeAlias = Any
+    Args: TypeAlias = Any
+    DenseInfo: TypeAlias = dict[str, Any]
+    Term: TypeAlias = diffrax.AbstractTerm[Any, Any]
+    Terms: TypeAlias = Any
+    VF: TypeAlias = Any
+    Y: TypeAlias = Any
+else:
+    from jaxtyping import PyTree as PyTree
+
+    ArrayTree = PyTree[ArrayLike]
+    Term = diffrax.AbstractTerm
+    Terms = PyTree[diffrax.AbstractTerm]
 
 
 def is_save_state(x: Any) -> bool:

@@ -14,7 +14,7 @@ from ._adjoint.drift import distance
 from ._adjoint.plan import make_forward
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.steps import Window
-from ._compat import host_loop
+from ._compat import ArrayTree, BoolScalarLike, host_loop, PyTree, RealScalarLike, Terms
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
 from ._registry import to_reversible
@@ -22,34 +22,46 @@ from ._solver.u_reversible import UReversible
 
 
 class Diagnosis(eqx.Module):
-    """What [`diffrax_reversible.diagnose`][] returns. All arrays have one entry for
-    each accepted step."""
+    """What [`diffrax_reversible.diagnose`][] returns: for each accepted step, how well
+    it is undone, and what that costs.
 
-    # Starts of the steps.
+    **Attributes:** (NumPy arrays of shape `(steps,)`, unless another type is given)
+
+    - `ts`: The times at which the steps start, of a floating-point dtype.
+    - `separation`: The distance between `y` and the second copy of the solution that
+        the solver carries along (`z` or `yhat`), relative to the size of `y`. NaN if
+        the solver has none; of no meaning if it has something else of the structure of
+        `y`, such as a velocity.
+    - `coupling`: The coupling of [`diffrax_reversible.UReversible`][]: the number $m$
+        of the step, or the `coupling_parameter`. NaN for other solvers.
+    - `checkpoints`: Whether the solver wants the state at the start of the step stored.
+        Booleans.
+    - `drift`: The distance between `y` and what it is rebuilt as, starting from the end
+        of the solve or from the next of the `checkpoints`, whichever is sooner;
+        relative to the size of `y`.
+    - `made_again`: How often the step is recomputed on the backward pass, as fewer
+        states are stored than the solver wants. Integers. (More are recomputed if
+        verification fails.)
+    - `solution`: The [`diffrax.Solution`][] of the solve.
+    """
+
     ts: Float[np.ndarray, " steps"]
-    # Relative distance of the first two registers: `y` and `z`, or `y` and `yhat`. (NaN
-    # if the solver has no two of them that are alike.)
     separation: Float[np.ndarray, " steps"]
-    # The number `m`, or the constant coupling parameter. (NaN if there is none.)
     coupling: Float[np.ndarray, " steps"]
-    # Where the solver asks for a checkpoint.
     checkpoints: Bool[np.ndarray, " steps"]
-    # Relative distance between `y` and what it is rebuilt as from the end of the solve,
-    # or from the next checkpoint if that is sooner.
     drift: Float[np.ndarray, " steps"]
-    # How often the step is made again on the backward pass, as there are fewer slots
-    # than checkpoints. (If what is rebuilt there is found to differ, then more is.)
     made_again: Int[np.ndarray, " steps"]
     solution: diffrax.Solution
 
     @property
     def num_checkpoints(self) -> int:
-        """The number of `checkpoints` of [`diffrax_reversible.ReversibleAdjoint`][]
-        with which nothing is made again."""
+        """How many states the solver wants stored. With as many `checkpoints` of
+        [`diffrax_reversible.ReversibleAdjoint`][] nothing is recomputed."""
         return int(np.sum(self.checkpoints))
 
     def plot(self, filename: str | None = None) -> Any:
-        """Draws all of it over time. Needs matplotlib.
+        """Draws `separation`, `coupling`, `drift` and `made_again` over time, with a
+        line at each of the `checkpoints`. Needs matplotlib.
 
         **Arguments:**
 
@@ -85,32 +97,75 @@ class Diagnosis(eqx.Module):
         return figure
 
 
-def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
-    """Solves a differential equation and then undoes it, keeping a record of everything
-    that matters for the choice of a reversible solver and of the settings of
+def diagnose(
+    terms: Terms,
+    solver: diffrax.AbstractSolver[Any],
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    dt0: RealScalarLike | None,
+    y0: ArrayTree,
+    args: PyTree = None,
+    *,
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
+    stepsize_controller: diffrax.AbstractStepSizeController[Any, Any] = (
+        diffrax.ConstantStepSize()
+    ),
+    adjoint: diffrax.AbstractAdjoint = ReversibleAdjoint(),
+    event: diffrax.Event | None = None,
+    max_steps: int | None = 4096,
+    throw: bool = False,
+    progress_meter: diffrax.AbstractProgressMeter[Any] = diffrax.NoProgressMeter(),
+    solver_state: ArrayTree | None = None,
+    controller_state: ArrayTree | None = None,
+    made_jump: BoolScalarLike | None = None,
+    discrete_terminating_event: Any = None,
+) -> Diagnosis:
+    """Solves a differential equation and undoes it, and tells for each step how well
+    that went. Use it to choose a reversible solver, and `checkpoints` of
     [`diffrax_reversible.ReversibleAdjoint`][].
 
-    Costs about as much time as a gradient does, and the memory of `max_steps` copies of
-    `y` and the solver state. Cannot be used within `jax.jit` or the like.
+    **Arguments:**
 
-    **Arguments:** Those of [`diffrax.diffeqsolve`][], with a reversible solver. What is
-    `made_again` is so with the checkpoints of the `adjoint`, if that is a
-    [`diffrax_reversible.ReversibleAdjoint`][], or else with the default. (`throw` is
-    false by default.)
+    Those of [`diffrax.diffeqsolve`][], with a reversible `solver`. These differ:
+
+    - `adjoint`: The [`diffrax_reversible.ReversibleAdjoint`][] of which `made_again` is
+        told. Any other adjoint stands for `ReversibleAdjoint()`, the default.
+    - `max_steps`: Not `None`.
+    - `throw`: `False` by default.
 
     **Returns:**
 
-    A [`diffrax_reversible.Diagnosis`][].
+    A [`diffrax_reversible.Diagnosis`][], which has a method `plot`.
 
     **Raises:**
 
     - `ValueError` if the solver is not reversible, or if `max_steps=None`.
+
+    **Cost:** About the time of a gradient, and the memory of `max_steps` times `y` and
+    the solver state. Cannot be used within `jax.jit`, `jax.vmap` or `jax.grad`.
     """
-    adjoint = kwargs.get("adjoint")
     if not isinstance(adjoint, ReversibleAdjoint):
         adjoint = ReversibleAdjoint()
-    kwargs = {"throw": False, **kwargs, "adjoint": _DiagnosticAdjoint(adjoint)}
-    sol = eqx.filter_jit(diffrax.diffeqsolve)(*args, **kwargs)
+    sol = eqx.filter_jit(diffrax.diffeqsolve)(
+        terms,
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        args,
+        saveat=saveat,
+        stepsize_controller=stepsize_controller,
+        adjoint=_DiagnosticAdjoint(adjoint),
+        event=event,
+        max_steps=max_steps,
+        throw=throw,
+        progress_meter=progress_meter,
+        solver_state=solver_state,
+        controller_state=controller_state,
+        made_jump=made_jump,
+        discrete_terminating_event=discrete_terminating_event,
+    )
     found = sol.stats.pop("diagnosis")
     num_slots, grid = map(int, sol.stats.pop("slots"))
     n = int(sol.stats["num_accepted_steps"])
@@ -172,11 +227,10 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         del throw, passed_solver_state, passed_controller_state
         if max_steps is None:
             raise ValueError(
-                "`diagnose(..., max_steps=None)` is not possible, as every step is "
-                "stored, and so there must be a bound on the number of steps. Use "
-                "`max_steps=...`."
+                "`diagnose(..., max_steps=None)` is not supported, as every step is "
+                "stored. Set `max_steps` to a bound on the number of steps."
             )
-        solver = to_reversible(solver)
+        solver = to_reversible(solver, "diagnose")
         init_state = with_arrays(init_state)
 
         def make(checkpoints, checkpoint_every):

@@ -1,8 +1,10 @@
 from collections.abc import Callable
+from typing import Literal
 
 import diffrax
 
 from ._method.base import AbstractReversibleSolver
+from ._solver.bases import instead_of, ito_warning, spelling
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint
 from ._solver.reversible_heun import ReversibleHeun
 from ._solver.semi_implicit_euler import SemiImplicitEuler
@@ -18,16 +20,20 @@ def register_reversible(
     host_solver_cls: type,
     convert: Callable[[diffrax.AbstractSolver], AbstractReversibleSolver],
 ) -> None:
-    """Teaches [`diffrax_reversible.ReversibleAdjoint`][] to accept instances of a
-    solver class that has no `backward_step` itself.
+    """Makes [`diffrax_reversible.ReversibleAdjoint`][] accept the instances of a solver
+    class that has no `backward_step` itself, such as one from another library.
 
     **Arguments:**
 
     - `host_solver_cls`: The class. Its instances are recognised by their exact type.
     - `convert`: A function that takes an instance and returns an
-        [`diffrax_reversible.AbstractReversibleSolver`][]. It is run in place of the
-        instance: so it must make the same steps, and have the same solver state and
-        the same dense information.
+        [`diffrax_reversible.AbstractReversibleSolver`][]. That is run in place of the
+        instance: so it must make the same steps, and have the same solver state and the
+        same dense information.
+
+    **Returns:**
+
+    `None`. A later call with the same class replaces an earlier one.
 
     **Raises:**
 
@@ -55,25 +61,34 @@ register_reversible(
 
 
 def to_reversible(
-    solver: diffrax.AbstractSolver, user: str = "`adjoint=ReversibleAdjoint()`"
+    solver: diffrax.AbstractSolver,
+    user: Literal["ReversibleAdjoint", "diagnose", "reverse_solve"] = (
+        "ReversibleAdjoint"
+    ),
 ) -> AbstractReversibleSolver:
     # Not `isinstance`, which looks through wrappers such as `HalfSolver`.
     if issubclass(type(solver), AbstractReversibleSolver):
         return solver  # pyright: ignore[reportReturnType]
     if type(solver) in _registry:
         return _registry[type(solver)](solver)
-    name = type(solver).__name__
-    if issubclass(type(solver), (diffrax.AbstractERK, diffrax.AbstractSRK)):
-        remedy = f"use `solver=UReversible({name}())`"
-    else:
+    name, instead = user, instead_of(solver)
+    if user == "ReversibleAdjoint":
+        name = "adjoint=ReversibleAdjoint()"
         remedy = (
-            "use a reversible solver, for example `solver=UReversible(diffrax.Tsit5())`"
+            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`, which accepts any solver"
         )
-    if "adjoint" in user:
-        remedy += (
-            ". Or use `adjoint=diffrax.RecursiveCheckpointAdjoint()`, which accepts "
-            "any solver"
-        )
+        if instead is not None:
+            remedy = f"`solver={instead}`, or {remedy}"
+    elif user == "reverse_solve":
+        if instead in (None, "ABOBA()"):
+            instead = "UReversible(diffrax.Heun())"
+        if instead.startswith("UReversible"):
+            # Without a number some steps cannot be undone.
+            instead = f"{instead.removesuffix(')')}, 0.999)"
+        remedy = f"`{instead}`, in the solve to be undone too"
+    else:
+        remedy = f"`{instead or 'UReversible(diffrax.Tsit5())'}`"
     raise ValueError(
-        f"{user} needs a reversible solver, and `{name}` is not one: {remedy}."
+        f"`{name}` needs a reversible solver, and `{spelling(solver)}` is not one. Use "
+        f"{remedy}.{ito_warning(solver)}"
     )

@@ -1,14 +1,8 @@
-"""Undoing a whole solve.
-
-diffrax itself makes the steps: it is given a solver whose steps are those of
-`backward_step`, and a step size controller that goes back from time to time. The host
-integrates over reversed time, and here that is reversed once more: so `backward_step`
-is called with the very terms and times that `step` was called with.
-"""
+"""Undoing a whole solve. diffrax itself makes the steps: see `_backwards`."""
 
 import functools as ft
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -16,15 +10,25 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, PyTree, Real
+from jaxtyping import Array, ArrayLike, Real
 
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import check_tolerance, default_tolerance, distance
-from ._compat import is_sub_save_at, is_unsafe_sde, RealScalarLike, WrapTerm
+from ._backwards import Backwards, Retrace, with_recorded
+from ._compat import (
+    ArrayTree,
+    is_sub_save_at,
+    is_unsafe_sde,
+    PyTree,
+    RealScalarLike,
+    Terms,
+    WrapTerm,
+)
 from ._method.base import AbstractReversibleSolver
 from ._method.coupling import AbstractCouplingSolver
 from ._method.tree import stop_gradient
 from ._registry import to_reversible
+from ._solver.bases import spelling
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint
 from ._solver.splitting import AbstractSplitting
 from ._solver.u_reversible import UReversible
@@ -32,13 +36,13 @@ from ._solver.u_reversible import UReversible
 
 @eqx.filter_jit
 def reverse_solve(
-    terms: PyTree[diffrax.AbstractTerm],
-    solver: diffrax.AbstractSolver,
+    terms: Terms,
+    solver: diffrax.AbstractSolver[Any],
     t0: RealScalarLike,
     t1: RealScalarLike,
     dt0: RealScalarLike | None,
-    y1: PyTree[ArrayLike],
-    args: PyTree[Any] = None,
+    y1: ArrayTree,
+    args: PyTree = None,
     *,
     solver_state: PyTree = None,
     step_ts: Real[ArrayLike, " steps"] | Sequence[RealScalarLike] | None = None,
@@ -47,11 +51,12 @@ def reverse_solve(
     max_steps: int | None = 4096,
     drift_tolerance: float | int | str | None = "auto",
 ) -> diffrax.Solution:
-    """Undoes a solve that was made with a reversible solver, step by step, from its end
-    back to its start; and returns what it would have returned for this `saveat`.
+    """Undoes a finished solve, step by step from its end back to its start, to
+    rounding; and returns what the solve would have returned for this `saveat`. Use it
+    to go back along a trajectory that was not saved.
 
-    It is to [`diffrax.diffeqsolve`][] what `backward_step` is to `step`. Called with
-    the same arguments, but for the solution at the end in place of that at the start:
+    Call it as [`diffrax.diffeqsolve`][] was called, with the solution at the end in
+    place of that at the start:
 
     ```python
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
@@ -62,58 +67,31 @@ def reverse_solve(
     # `back.ys[0]` is `y0`, to rounding
     ```
 
-    This is not `diffeqsolve` from `t1` to `t0`, which makes other steps, and arrives at
-    `y0` only up to the error of the solver. (Of rounding errors neither is free: where
-    the solution contracts, they grow on the way back.)
-
-    After a solve with steps of different sizes, where they ended has to be given as
-    `step_ts`. To have that as `sol.ts["steps"]`, without the solution there:
-
-    ```python
-    steps = diffrax.SubSaveAt(steps=True, fn=lambda t, y, args: None)
-    end = diffrax.SubSaveAt(t1=True)
-    saveat = diffrax.SaveAt(subs=dict(steps=steps, end=end), solver_state=True)
-    ```
-
-    Accepted are all solvers that can undo every step without a checkpoint. That is not
-    [`diffrax_reversible.UReversible`][] with the coupling `"auto"`, nor anything with
-    `full_sync=True`; and with a coupling of 0.999 rounding errors grow by 1 / 0.999 in
-    each step. With [`diffrax_reversible.EES25`][] and [`diffrax_reversible.EES27`][]
-    the result is as close as the defect of these methods allows, and no closer.
-
-    Costs one `backward_step` for each step, and an array of `max_steps` (or as many as
-    there are `step_ts`) times. Can be used within `jax.jit` and `jax.vmap`, and
-    differentiated with respect to what [`diffrax.diffeqsolve`][] can be, as `adjoint`
-    does.
-
-    !!! warning
-
-        There is no way to notice that the solve was another one, with other `terms`,
-        `args` or steps, than to look at where one arrives: see `drift_tolerance`. In
-        particular a solve cannot be undone that was made with `jump_ts`, or that ended
-        at an event with a root finder: for then the end is not the end of a step.
-
     **Arguments:**
 
     - `terms`, `solver`, `t0`, `t1`, `args`: Those of the solve to be undone. (If it
-        ended early, then `t1` is the time at which it did.)
+        ended early, then `t1` is the time at which it did.) The solver must be able to
+        undo every step without a stored state: not `UReversible` with the coupling
+        `"auto"`, not [`diffrax_reversible.ABOBA`][], and nothing with `full_sync=True`.
     - `dt0`: The constant step size of that solve; or `None`, if there are `step_ts`.
     - `y1`: The solution at `t1`.
     - `solver_state`: The solver state at `t1`, from `SaveAt(solver_state=True)`. Can be
-        left out with those solvers that have none, and with splittings.
-    - `step_ts`: The ends of the steps, in order, as saved by `SaveAt(steps=True)`, with
-        the `inf` after them. (Or the times that were given to [`diffrax.StepTo`][].)
+        left out with solvers that have none, and with splittings.
+    - `step_ts`: The ends of the steps, in order, of shape `(steps,)`, as saved by
+        `SaveAt(steps=True)`, with the `inf` after them. (Or the times that were given
+        to [`diffrax.StepTo`][].) Needed after steps of different sizes.
     - `saveat`: What to save, as for [`diffrax.diffeqsolve`][] from `t0` to `t1`, and in
         the same order: `t0` means `t0`, and times increase. But `steps=True` saves the
         starts of steps, in place of their ends; and `steps=n` every `n`th of them,
         counted from `t1`. What `solver_state=True` returns is the state at `t0`.
-    - `adjoint`: How to differentiate.
+    - `adjoint`: How to differentiate. Derivatives are taken with respect to what they
+        can be taken with respect to in [`diffrax.diffeqsolve`][].
     - `max_steps`: As in that solve, but not `None`. Not used if there are `step_ts`.
     - `drift_tolerance`: How far the solver state that is arrived at may be from that
         with which a solve starts at `t0`, relative to the size of each of its leaves.
         `"auto"` is 1e-5, or 6e-5 in single precision. Use `None`, for no check, if the
         solve was not started at `t0` but resumed. (Then what is `recorded` is not known
-        to be right, as the time of the step before with
+        to be right, such as the time of the step before with
         [`diffrax_reversible.LeapfrogMidpoint`][], and such solvers have no
         `SaveAt(solver_state=True)`.) Solvers without a state, and splittings, cannot be
         checked.
@@ -124,60 +102,48 @@ def reverse_solve(
 
     **Raises:**
 
-    - `ValueError` if the solver is not reversible or asks for checkpoints; without the
-        `solver_state` if there should be one; without or with both of `dt0` and
+    - `ValueError` if the solver is not reversible, or cannot undo every step; without
+        the `solver_state` if there should be one; without or with both of `dt0` and
         `step_ts`; for `SaveAt(controller_state=True)` and `SaveAt(made_jump=True)`; for
         `max_steps=None`; for a `drift_tolerance` that is none; for a
         [`diffrax.UnsafeBrownianPath`][]; and for [`diffrax.BacksolveAdjoint`][] and
         [`diffrax.ImplicitAdjoint`][].
     - `NotImplementedError` for a solver with both `recorded` and `steer`. (In solvers
-        that have but `recorded`, this must not depend on the solution.)
+        that have only `recorded`, this must not depend on the solution.)
     - `RuntimeError` if `step_ts` do not lead from `t0` to `t1`; if there are more than
         `max_steps` steps; if some are too short to be told from `t0`; or if the state
         that is arrived at is not finite, or off by more than `drift_tolerance`.
-    """
-    solver = to_reversible(solver, "`reverse_solve`")
-    if is_unsafe_sde(terms):
-        raise ValueError(
-            "`reverse_solve` does not support `UnsafeBrownianPath`, which cannot be "
-            "queried again. Use `VirtualBrownianTree`."
-        )
-    if saveat.controller_state or saveat.made_jump:
-        raise ValueError(
-            "`reverse_solve` does not support `SaveAt(controller_state=True)` and "
-            "`SaveAt(made_jump=True)`."
-        )
-    if isinstance(adjoint, (diffrax.BacksolveAdjoint, diffrax.ImplicitAdjoint)):
-        raise ValueError(
-            f"`reverse_solve` does not support `{type(adjoint).__name__}`. Use "
-            "`ReversibleAdjoint()`, which is the default."
-        )
-    if max_steps is None:
-        raise ValueError(
-            "`reverse_solve` does not support `max_steps=None`. Use the number of "
-            "steps of the solve, or more."
-        )
-    check_tolerance("reverse_solve", drift_tolerance)
-    if (dt0 is None) == (step_ts is None):
-        raise ValueError(
-            "`reverse_solve` needs to know where the steps were: either the constant "
-            "step size `dt0`, or with `dt0=None` their ends `step_ts`, as saved by "
-            "`SaveAt(steps=True)`."
-        )
 
-    # As diffrax does it.
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
-    times = [x for x in (t0, t1, dt0, *(sub.ts for sub in subs)) if x is not None]
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*times)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            dtype = jnp.result_type(float)
-        y1 = jtu.tree_map(lambda y: jnp.asarray(y, jnp.result_type(y, dtype)), y1)
-    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    **Cost:** One `backward_step` for each step, and an array of `max_steps` times (or
+    as many as there are `step_ts`). Can be used within `jax.jit` and `jax.vmap`.
+
+    !!! warning
+
+        Only the state at `t0` can show that the solve was another one, with other
+        `terms`, `args` or steps: see `drift_tolerance`. In particular a solve cannot be
+        undone that was made with `jump_ts`, or that ended at an event with a root
+        finder, as its end is not the end of a step.
+
+    This is not `diffeqsolve` from `t1` to `t0`, which makes other steps, and arrives at
+    `y0` only up to the error of the solver. Rounding errors grow in either where the
+    solution contracts. With a coupling of 0.999 they grow by 1 / 0.999 in each step
+    too; and with [`diffrax_reversible.EES25`][] and [`diffrax_reversible.EES27`][] the
+    result is as close as these are reversible.
+
+    To save the ends of steps as `sol.ts["steps"]`, without the solution there:
+
+    ```python
+    steps = diffrax.SubSaveAt(steps=True, fn=lambda t, y, args: None)
+    end = diffrax.SubSaveAt(t1=True)
+    saveat = diffrax.SaveAt(subs=dict(steps=steps, end=end), solver_state=True)
+    ```
+    """
+    solver = to_reversible(solver, "reverse_solve")
+    _check_arguments(terms, dt0, step_ts, saveat, adjoint, max_steps, drift_tolerance)
+    t0, t1, y1 = _as_diffrax_does(t0, t1, dt0, y1, saveat)
     direction = jnp.where(t0 < t1, 1, -1)
     ts = lax.stop_gradient(_step_times(t0, t1, dt0, step_ts, max_steps, direction))
     num_steps = jnp.sum(jnp.isfinite(ts) & (ts * direction > t0 * direction))
-    last = jnp.sum(jnp.isfinite(ts)) - 1
 
     # As diffrax has them, of the solve to be undone.
     forwards = jtu.tree_map(lambda x: WrapTerm(x, direction), terms, is_leaf=_is_term)
@@ -192,34 +158,99 @@ def reverse_solve(
     if recorded and saveat.solver_state and drift_tolerance is None:
         raise ValueError(
             "`reverse_solve(..., drift_tolerance=None)` does not support "
-            f"`SaveAt(solver_state=True)` with `{type(solver).__name__}`: a part of "
-            "the state is not known if the solve was resumed. Undo it together with "
-            "that from which it was resumed."
+            f"`SaveAt(solver_state=True)` with `{type(solver).__name__}`, of whose "
+            "state a part is not known if the solve was resumed. Leave `solver_state` "
+            "out, or undo a solve that was not resumed."
         )
+
+    problem = (terms, Backwards(solver, recorded), t1, t0, None, y1, args)
+    sol, y0, state0 = _solve_backwards(problem, ts, solver_state, saveat, adjoint)
+    saved_state = state0 if saveat.solver_state else None
+    sol = eqx.tree_at(
+        lambda s: (s.t0, s.t1, s.solver_state), sol, (t0, t1, saved_state)
+    )
+    sol = eqx.error_if(
+        sol,
+        sol.stats["num_accepted_steps"] != num_steps,
+        "`reverse_solve` did not make as many steps as the solve had. Pass `step_ts` "
+        "in order; and use double precision for times, as diffrax joins steps that end "
+        "within 100 floating-point numbers of `t0`.",
+    )
+    if drift_tolerance is not None:
+        y0 = stop_gradient(y0)
+        states = ((y0, state0), (y0, start(y0)), (y1, solver_state))
+        sol = _check_start(sol, solver, *states, drift_tolerance)
+    return sol
+
+
+def _check_arguments(
+    terms, dt0, step_ts, saveat, adjoint, max_steps, drift_tolerance
+) -> None:
+    if is_unsafe_sde(terms):
+        raise ValueError(
+            "`reverse_solve` does not support `diffrax.UnsafeBrownianPath`, which "
+            "cannot be queried again. Use `diffrax.VirtualBrownianTree`, in the solve "
+            "to be undone too."
+        )
+    if saveat.controller_state or saveat.made_jump:
+        raise ValueError(
+            "`reverse_solve` does not support `SaveAt(controller_state=True)` and "
+            "`SaveAt(made_jump=True)`, as it has no such state. Leave them out."
+        )
+    if isinstance(adjoint, (diffrax.BacksolveAdjoint, diffrax.ImplicitAdjoint)):
+        raise ValueError(
+            f"`reverse_solve` does not support `{type(adjoint).__name__}`. Use "
+            "`ReversibleAdjoint()`, which is the default."
+        )
+    if max_steps is None:
+        raise ValueError(
+            "`reverse_solve` does not support `max_steps=None`. Use "
+            '`max_steps=sol.stats["num_steps"]` of the solve to be undone, or more.'
+        )
+    check_tolerance("reverse_solve", drift_tolerance)
+    if (dt0 is None) == (step_ts is None):
+        raise ValueError(
+            "`reverse_solve` needs exactly one of `dt0` and `step_ts`, to know where "
+            "the steps were. After constant steps pass `dt0`; after adaptive steps "
+            "pass `dt0=None` and `step_ts`, as saved by `SaveAt(steps=True)`."
+        )
+
+
+def _as_diffrax_does(t0, t1, dt0, y1, saveat):
+    """The times and the solution, as arrays of the dtypes that diffrax gives them."""
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
+    times = [x for x in (t0, t1, dt0, *(sub.ts for sub in subs)) if x is not None]
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*times)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            dtype = jnp.result_type(float)
+        y1 = jtu.tree_map(lambda y: jnp.asarray(y, jnp.result_type(y, dtype)), y1)
+    return jnp.asarray(t0, dtype), jnp.asarray(t1, dtype), y1
+
+
+def _solve_backwards(problem, ts, solver_state, saveat, adjoint):
+    """The solution as `saveat` has it, and `y` and the solver state at its start."""
+    last = jnp.sum(jnp.isfinite(ts)) - 1
 
     def reverse(sub):
         return diffrax.SubSaveAt(
             t0=sub.t1,
             t1=sub.t0,
-            ts=None if sub.ts is None else sub.ts[::-1].astype(dtype),
+            ts=None if sub.ts is None else sub.ts[::-1].astype(ts.dtype),
             steps=sub.steps,
             fn=sub.fn,
         )
 
-    subs = jtu.tree_map(reverse, saveat.subs, is_leaf=is_sub_save_at)
     sol = diffrax.diffeqsolve(
-        terms,
-        _Backwards(solver, recorded),
-        t1,
-        t0,
-        None,
-        y1,
-        args,
+        *problem,
         solver_state=(jtu.tree_map(_as_array, solver_state), last),
-        stepsize_controller=_Retrace(ts, last),
+        stepsize_controller=Retrace(ts, last),
         # The second for the check.
         saveat=diffrax.SaveAt(
-            subs=(subs, diffrax.SubSaveAt(t1=True)),
+            subs=(
+                jtu.tree_map(reverse, saveat.subs, is_leaf=is_sub_save_at),
+                diffrax.SubSaveAt(t1=True),
+            ),
             dense=saveat.dense,
             solver_state=True,
         ),
@@ -232,31 +263,9 @@ def reverse_solve(
     ys = jtu.tree_map(
         lambda t, y: jtu.tree_map(lambda x: x[_order(t)], y), ts_saved, ys
     )
-    sol = eqx.tree_at(
-        lambda s: (s.t0, s.t1, s.ts, s.ys, s.solver_state),
-        sol,
-        (
-            t0,
-            t1,
-            jtu.tree_map(lambda t: t[_order(t)], ts_saved),
-            ys,
-            state0 if saveat.solver_state else None,
-        ),
-        is_leaf=lambda x: x is None,
-    )
-
-    sol = eqx.error_if(
-        sol,
-        sol.stats["num_accepted_steps"] != num_steps,
-        "`reverse_solve` did not make as many steps as the solve had. Either `step_ts` "
-        "are not in order, or some are within 100 floating-point numbers of `t0`, and "
-        "then diffrax joins these steps. Use double precision for the times.",
-    )
-    if drift_tolerance is not None:
-        y0 = stop_gradient(jtu.tree_map(lambda x: x[0], y0))
-        states = ((y0, state0), (y0, start(y0)), (y1, solver_state))
-        sol = _check_start(sol, solver, *states, drift_tolerance)
-    return sol
+    ts_saved = jtu.tree_map(lambda t: t[_order(t)], ts_saved)
+    sol = eqx.tree_at(lambda s: (s.ts, s.ys), sol, (ts_saved, ys))
+    return sol, jtu.tree_map(lambda x: x[0], y0), state0
 
 
 def _is_term(x: Any) -> bool:
@@ -296,7 +305,7 @@ def _step_times(t0, t1, dt0, step_ts, max_steps, direction) -> Array:
         ts,
         ~jnp.all(is_ordered | ~is_step[1:]) | (ts[jnp.sum(is_step) - 1] != t1),
         "`reverse_solve(step_ts=...)` must be the ends of all steps from `t0` to `t1`, "
-        "in order, as saved by `SaveAt(steps=True)`; and the last of them is `t1`.",
+        "in order and up to `t1` itself, as saved by `SaveAt(steps=True)`.",
     )
 
 
@@ -308,19 +317,22 @@ def _check_is_undone(solver: AbstractReversibleSolver, state: PyTree) -> None:
         return
     name = type(solver).__name__
     if isinstance(solver, UReversible):
-        base = type(solver.solver).__name__
-        remedy = (
-            "Use a number for the coupling parameter, for example "
-            f"`UReversible(diffrax.{base}(), 0.999)`, in that solve too."
-        )
+        base = spelling(solver.solver)
+        remedy = f"Use `UReversible({base}(), 0.999)`, in the solve to be undone too."
+        name = f"{name}({base}())"
     elif getattr(solver, "full_sync", False):
-        remedy = f"Use `{name}(full_sync=False)`, in that solve too."
+        remedy = f"Use `{name}(full_sync=False)`, in the solve to be undone too."
+        name = f"{name}(full_sync=True)"
     else:
-        remedy = "Use another solver, in that solve too."
+        remedy = (
+            "Save what is needed of the solution during the solve, for example with "
+            "`SaveAt(steps=True)`."
+        )
+        name = f"{name}()"
     raise ValueError(
-        f"`reverse_solve` cannot undo steps of this `{name}`: in some of them it "
-        "forgets what is needed to undo them, and asks for a checkpoint, of which a "
-        f"finished solve has none. {remedy}"
+        f"`reverse_solve` cannot undo every step of `{name}`: where a step discards "
+        "information, it can be undone only from a checkpoint, and a finished solve "
+        f"has none. {remedy}"
     )
 
 
@@ -352,15 +364,17 @@ def _recorded(solver, terms, ts, args, y1, state) -> list[Array]:
         and not isinstance(solver, LeapfrogMidpoint)
     ):
         raise NotImplementedError(
-            "`reverse_solve` cannot be used with a solver that has both `recorded` and "
-            f"`steer`, as `{type(solver).__name__}` has: what `steer` chose is lost."
+            f"`reverse_solve` does not support `{type(solver).__name__}`, which has "
+            "both `recorded` and `steer`: what `steer` chose is lost after the solve. "
+            "Save what is needed of the solution during the solve, for example with "
+            "`SaveAt(steps=True)`."
         )
 
     # It does not depend on `y`. So the steps are made from anywhere, and what they
     # evaluate is not used.
     def body(values, interval):
         t0, t1 = interval
-        state0 = _with_recorded(solver, state, values)
+        state0 = with_recorded(solver, state, values)
         _, _, _, state1, _ = solver.step(terms, t0, t1, y1, args, state0, False)
         # (The times given to `StepTo` start with `t0`, which is no step.)
         new_values = [
@@ -371,12 +385,6 @@ def _recorded(solver, terms, ts, args, y1, state) -> list[Array]:
 
     _, recorded = lax.scan(body, values, (ts[:-1], ts[1:]))
     return stop_gradient(recorded)
-
-
-def _with_recorded(solver, state: PyTree, values: list[Array]) -> PyTree:
-    if len(values) == 0:
-        return state
-    return eqx.tree_at(lambda s: jtu.tree_leaves(solver.recorded(s)), state, values)
 
 
 def _check_start(sol, solver, rebuilt, start, end, tolerance):
@@ -393,132 +401,9 @@ def _check_start(sol, solver, rebuilt, start, end, tolerance):
     return eqx.error_if(
         sol,
         ~(drift <= tolerance),
-        "`reverse_solve` did not arrive at a state with which a solve starts at `t0`, "
-        f"to `drift_tolerance`, here {tolerance} relative to its size. Either the "
-        "solve was made with other `terms`, `args`, `dt0` or `step_ts`; or rounding "
-        "errors have grown too much on the way back; or, if it was resumed and did not "
-        "start at `t0`, use `drift_tolerance=None`.",
+        "`reverse_solve` arrived at `t0` in a state with which no solve starts, to "
+        f"within `drift_tolerance={tolerance}` of its size. Either `terms`, `args`, "
+        "`dt0` or `step_ts` are not those of the solve to be undone, or rounding "
+        "errors have grown too much on the way back. If that solve was resumed, and so "
+        "did not start at `t0`, use `drift_tolerance=None`.",
     )
-
-
-def _reversed(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[diffrax.AbstractTerm]:
-    """The terms of a solve over reversed time, as those of the solve to be undone."""
-    is_wrapped = lambda x: isinstance(x, WrapTerm)
-    return jtu.tree_map(
-        lambda x: WrapTerm(x.term, -x.direction), terms, is_leaf=is_wrapped
-    )
-
-
-@final
-class _Backwards(AbstractReversibleSolver, diffrax.AbstractStratonovichSolver):
-    """Undoes steps, and so is undone by making them. Its state has the number of steps
-    that are left. (Marked, for the host not to warn, as if for one kind of SDEs: it
-    makes no step of its own.)"""
-
-    solver: AbstractReversibleSolver
-    recorded_values: list[Array]
-
-    @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
-    def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
-        return _ReversedInterpolation(self.solver.interpolation_cls)
-
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
-
-    def init(self, terms, t0, t1, y0, args):
-        assert False  # `reverse_solve` passes the state.
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        del made_jump
-        state, index = solver_state
-        index = index - 1
-        # (An element of a batch that is done makes steps before the first.)
-        values = [x[jnp.maximum(index, 0)] for x in self.recorded_values]
-        y1, dense_info, state = self.solver.backward_step(
-            _reversed(terms),
-            -t1,
-            -t0,
-            y0,
-            args,
-            _with_recorded(self.solver, state, values),
-            False,
-        )
-        return y1, None, dense_info, (state, index), diffrax.RESULTS.successful
-
-    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
-        del made_jump
-        state, index = solver_state
-        y0, _, dense_info, state, _ = self.solver.step(
-            _reversed(terms), -t1, -t0, y1, args, state, False
-        )
-        return y0, dense_info, (state, index + 1)
-
-
-class _ReversedInterpolation(eqx.Module):
-    interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation] = eqx.field(
-        static=True
-    )
-
-    def __call__(self, *, t0, t1, **dense_info):
-        return _Reversed(self.interpolation_cls(t0=-t1, t1=-t0, **dense_info))
-
-
-class _Reversed(diffrax.AbstractLocalInterpolation):
-    interpolation: diffrax.AbstractLocalInterpolation
-
-    @property
-    def t0(self):
-        return -self.interpolation.t1
-
-    @property
-    def t1(self):
-        return -self.interpolation.t0
-
-    def evaluate(self, t0, t1=None, left=True):
-        t1 = None if t1 is None else -t1
-        return self.interpolation.evaluate(-t0, t1, not left)
-
-    def derivative(self, t, left=True):
-        out = self.interpolation.derivative(-t, not left)
-        return jtu.tree_map(lambda x: -x, out)
-
-
-class _Retrace(diffrax.AbstractStepSizeController):
-    """Steps from `ts[last]` to the one before, and so on."""
-
-    ts: Array
-    last: Array
-
-    def wrap(self, direction):
-        return _Retrace(self.ts * direction, self.last)
-
-    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
-        del terms, t0, t1, y0, dt0, args, func, error_order
-        index = jnp.maximum(self.last - 1, 0)
-        # diffrax takes the smaller of this and the end, and the derivative of both if
-        # they are the same.
-        return jnp.where(index == 0, jnp.inf, self.ts[index]), index
-
-    def adapt_step_size(
-        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
-    ):
-        del t0, y0, y1_candidate, args, y_error, error_order
-        index = jnp.maximum(controller_state - 1, 0)
-        return True, t1, self.ts[index], False, index, diffrax.RESULTS.successful

@@ -3,66 +3,74 @@ from typing import Any, Literal
 
 import diffrax
 
-from .._compat import host_loop, is_unsafe_sde, loop_without_saving
+from .._compat import (
+    host_loop,
+    is_unsafe_sde,
+    loop_without_saving,
+    PyTree,
+    RealScalarLike,
+    Terms,
+)
 from .._registry import to_reversible
 from .rule import inner_loop, outer_while_loop, with_arrays
 
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
-    """Backpropagate through [`diffrax.diffeqsolve`][] by undoing its steps.
+    """Backpropagates through [`diffrax.diffeqsolve`][] by undoing its steps: the exact
+    gradient of the discretised solve, in memory that does not grow with the solution.
 
-    To be used with a reversible solver:
-    [`diffrax_reversible.AbstractReversibleSolver`][], or an instance of
-    [`diffrax.ReversibleHeun`][], [`diffrax.SemiImplicitEuler`][] or
-    [`diffrax.LeapfrogMidpoint`][]. On the backward pass the input of every step is
-    rebuilt from its output, in closed form. So the gradient of the discretised solve is
-    exact up to rounding, takes time proportional to the number of steps, and memory for
-    a fixed number of states and a record of the step times: one floating-point number
-    for each step, one byte for what the solver wants or the step size controller
-    reports, and whatever [`diffrax_reversible.AbstractReversibleSolver.recorded`][]
-    selects. (For [`diffrax_reversible.UReversible`][] that is one byte.) The record of
-    times is shared by the elements of a batch, under `jax.vmap`, if they make the same
-    steps. And so is the gradient of what the elements share, under `jax.grad` of
-    `jax.vmap`.
+    Use it with a reversible solver, for example as `diffeqsolve(...,
+    solver=UReversible(diffrax.Tsit5()), adjoint=ReversibleAdjoint())`. Reversible are
+    the solvers of this package, any other
+    [`diffrax_reversible.AbstractReversibleSolver`][], and [`diffrax.ReversibleHeun`][],
+    [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][]. For a few steps
+    of a small state [`diffrax.RecursiveCheckpointAdjoint`][] is as good.
 
-    Undoing a step may amplify rounding errors, as where the solution contracts, and
-    some steps cannot be undone at all. So the solver asks for states to be kept, as
-    many as it likes; how many is `sol.stats["num_checkpoints"]`. There are
-    `checkpoints` slots for them. If they are not enough then every other one is
-    dropped, as often as it takes; and on the backward pass what has been dropped is
-    made again, forwards from the last one that is kept, with no more than `step`.
-    (With 16 slots, that is 0.5 forward solves in all if 32 states are wanted, and 2.8
-    if it is 1000.)
+    **Cost:** On the backward pass every step is undone, and differentiated on the way;
+    the docstring of each solver gives the evaluations. The memory is that of
+    `checkpoints` states, and of a record of the steps: one floating-point number and at
+    most one byte for each, and what
+    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one more byte
+    for [`diffrax_reversible.UReversible`][]). Under `jax.vmap` the elements of a batch
+    share the record, if they make the same steps; and under `jax.grad` of `jax.vmap`
+    they share the gradient of what they have in common, see `sum_over_batch`.
 
-    At each state that is kept, and at the start, what has been rebuilt is verified:
-    each element of the state, and what the vector field does with a gradient there. If
-    it fails, then the backward pass begins anew with every 16th step wanted, and then
-    with every step: in that case nothing is rebuilt. So an error of what is rebuilt
-    costs time, and not the result.
+    **Stored states:** Some steps cannot be undone, and where the solution contracts
+    undoing a step amplifies rounding errors. So the solver says at which steps the
+    state should be stored; `sol.stats["num_checkpoints"]` is how many these are. If
+    there are more of them than `checkpoints`, then every other one is dropped, as often
+    as it takes. What was dropped is recomputed on the backward pass, forwards from the
+    last stored state. (With `checkpoints=16` that is half a forward solve in all if 32
+    states are wanted, and 2.8 if it is 1000.)
 
-    Gradients are computed with respect to `y0`, `args`, everything differentiable in
-    `terms`, and values that the vector field, the control, the event function or
-    `SaveAt(fn=...)` close over. And with respect to `t0`, `t1`, `SaveAt(ts=...)`, and
-    the times in [`diffrax.StepTo`][] and [`diffrax.ClipStepSizeController`][]. All
-    other locations of steps are constants for the purpose of differentiation, but for
-    the two next to one of `ClipStepSizeController(step_ts=...)`, which move along with
-    it; and so are `dt0` and the parameters of the step size controller. (The solution
-    depends on them only through its error. So the gradient with respect to a time is
-    that of the true solution up to the order of the solver, and so it is if the vector
-    field jumps at one of `step_ts` or `jump_ts`; but finite differences of a coarse
-    solve differ from it.)
+    **Verification:** At each stored state, and at the start, what was rebuilt is
+    compared with it: each element of the state, and what the vector field does with a
+    gradient there. If they differ, then the backward pass begins anew with the state at
+    every 16th step wanted, and then with that at every step, so that nothing is
+    rebuilt. An error in what is rebuilt costs time, and does not change the result.
 
-    No more step times are recorded than take half the memory of the checkpoints of
-    [`diffrax.RecursiveCheckpointAdjoint`][] (but 48 kB in any case), and at most those
-    of 65536 steps; so a large `max_steps` costs nothing, nor does `max_steps=None`. If
-    there are more steps than that, then they are made again piece by piece on the
-    backward pass, from the states that are kept, which is about one more forward solve.
+    **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
+    differentiable in `terms`, and values that the vector field, the control, the event
+    function or `SaveAt(fn=...)` close over; and with respect to `t0`, `t1`,
+    `SaveAt(ts=...)`, and the times in [`diffrax.StepTo`][] and
+    [`diffrax.ClipStepSizeController`][]. Step times are treated as constants, except
+    `t0`, `t1` and times passed to the step size controller; the two steps next to one
+    of `ClipStepSizeController(step_ts=...)` move along with it. So the gradient with
+    respect to `dt0` and to tolerances is zero. (The solution depends on step times only
+    through its error. So the gradient with respect to a time is that of the true
+    solution up to the order of the solver, also if the vector field jumps at one of
+    `step_ts` or `jump_ts`; but finite differences of a coarse solve differ from it.)
 
-    It is differentiated in every mode: reverse (`jax.grad`), forward (`jax.jvp`,
-    `jax.jacfwd`, `jax.linearize`), and twice in any order of these (`jax.hessian`).
-    Forward mode makes the solve twice, once with tangents, and takes the memory of a
-    solve. For second derivatives nothing is rebuilt: every state is wanted, and made
-    again from the start, with its tangent, in the same slots.
+    **Modes:** Reverse (`jax.grad`), forward (`jax.jvp`, `jax.jacfwd`, `jax.linearize`),
+    and twice in any order of these (`jax.hessian`). Forward mode makes the solve twice,
+    once with tangents, in the memory of a solve. For second derivatives nothing is
+    rebuilt: every state is recomputed from the start, with its tangent.
+
+    **Long solves:** A large `max_steps` costs nothing, nor does `max_steps=None`. The
+    record takes at most half the memory of the checkpoints of
+    [`diffrax.RecursiveCheckpointAdjoint`][] (but 48 kB in any case), and is of at most
+    65536 steps. More steps than that are recomputed piece by piece on the backward
+    pass, which takes about one more forward solve.
 
     **Raises:**
 
@@ -71,11 +79,12 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     - `NotImplementedError` for third derivatives; in forward mode with respect to
         `ClipStepSizeController(step_ts=...)`; and when differentiating with respect to
         something in a step size controller that is not one of diffrax's own.
-    - `RuntimeError`, by the gradient alone and under `jax.jit` too, if the gradient is
-        not finite though what it was pulled back from is. With
-        `diffeqsolve(throw=False)` there is no error: the gradient is then not finite,
-        under `jax.vmap` for that element of the batch alone. (And so for a step size
-        controller that starts a step elsewhere than at the end of the step before.)
+    - `RuntimeError`, raised by the gradient alone and under `jax.jit` too, if the
+        gradient is not finite though the solution that it is pulled back from is; if a
+        step size controller starts a step elsewhere than at the end of the step before;
+        and if a solve with an event stops at `max_steps` with a rejected step. With
+        `diffeqsolve(throw=False)` the gradient is not finite instead, under `jax.vmap`
+        for that element of the batch alone.
 
     ??? cite "Reference"
 
@@ -93,7 +102,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     checkpoint_every: int | None = None
     sum_over_batch: bool | Literal["auto"] = "auto"
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         n = self.checkpoints
         if n != "auto" and (not _is_integer(n) or n < 0):
             raise ValueError(
@@ -112,19 +121,20 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     def loop(
         self,
         *,
-        args,
-        terms,
-        solver,
-        stepsize_controller,
-        saveat,
-        t1,
-        init_state,
-        throw,
-        passed_solver_state,
-        passed_controller_state,
-        progress_meter,
-        **kwargs,
+        args: PyTree,
+        terms: Terms,
+        solver: diffrax.AbstractSolver[Any],
+        stepsize_controller: diffrax.AbstractStepSizeController[Any, Any],
+        saveat: diffrax.SaveAt,
+        t1: RealScalarLike,
+        init_state: Any,
+        throw: bool,
+        passed_solver_state: bool,
+        passed_controller_state: bool,
+        progress_meter: diffrax.AbstractProgressMeter[Any],
+        **kwargs: Any,
     ) -> Any:
+        """Called by [`diffrax.diffeqsolve`][]."""
         del passed_controller_state, passed_solver_state
         if is_unsafe_sde(terms):
             raise ValueError(
@@ -179,26 +189,26 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `checkpoints`: The number of slots for states, each of which takes the memory of `y`
-    and the solver state. More of them save time where many states are wanted.
-    `"auto"` is 16, or fewer if `max_steps` is small: so many that the gradient takes
-    less memory than with [`diffrax.RecursiveCheckpointAdjoint`][]. With `checkpoints=0`
-    no state is kept but `y0` and one at hand, and what is wanted is made again from the
+- `checkpoints`: How many states may be stored, each of which takes the memory of `y`
+    and the solver state. Give more to save time where the solver wants many. `"auto"`
+    is 16, or fewer if `max_steps` is small: so many that the gradient takes less memory
+    than with [`diffrax.RecursiveCheckpointAdjoint`][]. With `checkpoints=0` only `y0`
+    and one state at hand are kept, and whatever else is wanted is recomputed from the
     start.
-- `checkpoint_every`: If an integer `k` then the start of every `k`th step is wanted as
-    well. Useful for a solver whose way back is not stable, and that does not say so:
-    for otherwise that is only found out by a failure.
-- `sum_over_batch`: Under `jax.grad` of `jax.vmap` gradients are summed over the batch
-    where they are of what its elements share, as parameters are. If `True` that is done
-    in every step of the backward pass: it takes the memory of one gradient, and not of
-    one for each element, and products of matrices take the place of outer products. If
-    `False` it is done once, after it: which is faster if these gradients are small; and
-    for a batch that `jax.jit` splits over several devices, by the shardings of its
-    arguments, as these would exchange their sums in every step. `"auto"` is `True` if
-    the gradients of all elements would take more than 16 MB, there are more than four
-    parameters for each number in `y`, and JAX has but one device. (Under
-    `jax.shard_map` each device sums its own part, so `True` is better there; under
-    `jax.vmap(..., spmd_axis_name=...)` it is always `False`.)
+- `checkpoint_every`: If an integer `k` then the state at every `k`th step is wanted
+    too. Use it for a solver whose backward pass is not stable and that does not say so;
+    otherwise that is found out by verification alone.
+- `sum_over_batch`: Whether, under `jax.grad` of `jax.vmap`, the gradients of what the
+    elements of the batch share, such as parameters, are summed over the batch in every
+    step of the backward pass, or once after it. `True` takes the memory of one gradient
+    and not of one for each element, and products of matrices take the place of outer
+    products. `False` is faster if these gradients are small; and for a batch that
+    `jax.jit` splits over several devices, by the shardings of its arguments, as these
+    would exchange their sums in every step. `"auto"` is `True` if the gradients of all
+    elements would take more than 16 MB, there are more than four parameters for each
+    number in `y`, and JAX has but one device. (Under `jax.shard_map` each device sums
+    its own part, so `True` is better there. Under `jax.vmap(..., spmd_axis_name=...)`
+    it is always `False`.)
 
 **Raises:**
 

@@ -26,17 +26,17 @@ def check(
     """Raises an error, or without `throw` makes that gradient (of this element of a
     batch) NaN."""
     messages = [
-        "The step size controller started a step elsewhere than at the end of the step "
-        "before (or, at a jump, just after it). `adjoint=ReversibleAdjoint()` cannot "
-        "record such steps. Use `adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
-        "The last step of a solve with an event was rejected, and yet its gradient "
-        "is asked for. (So it is in a batch of which some elements have an event, "
-        "if one that has none runs into `max_steps`.) "
-        "`adjoint=ReversibleAdjoint()` has not recorded such a step. Use a larger "
-        "`max_steps`.",
-        "The gradient is not finite. Either the solution or the derivative of the "
-        "vector field is not finite somewhere: look at `sol.ys`, and at functions such "
-        "as `jnp.sqrt` at zero. With `throw=False` it is NaN, as with other adjoints.",
+        "`adjoint=ReversibleAdjoint()` does not support a step size controller that "
+        "starts a step elsewhere than at the end of the step before (or, at a jump, "
+        "just after it), as this one did. Use "
+        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
+        "`adjoint=ReversibleAdjoint()` does not support a solve with an event that "
+        "stops at `max_steps` with a rejected step, as one element of this batch does. "
+        "Use a larger `max_steps`.",
+        "The gradient is not finite, though the solution that it was pulled back from "
+        "is. Look for functions in the vector field whose derivative is not finite, "
+        "such as `jnp.sqrt` at zero. Use `diffeqsolve(throw=False)` for a NaN in place "
+        "of this error.",
     ]
     lost = jnp.array(False) if event_is_lost is None else event_is_lost
     # If it is not finite then that is not for what it was pulled back from.

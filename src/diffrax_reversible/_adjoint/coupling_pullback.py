@@ -1,7 +1,8 @@
 """The pullback of a step that is a sequence of couplings: undoing a coupling and
 differentiating it take one evaluation between them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._method.affine import Registers, StepInfo
 from .._method.base import AbstractReversibleSolver
-from .._method.coupling import AbstractCouplingSolver, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.tree import stop_gradient, tree_add
 from .functions import of_dtype
 from .pullback import AbstractPullback, add_step, GenericPullback, Grads, Rebuilt, Start
@@ -147,49 +149,28 @@ class CouplingPullback(AbstractPullback):
         constant, varying_times = fns.split_times((fixed,), (step.t0, step.t1))
         control, pull_control = fns.vjp("control", constant, varying_times)
         control_varies = fns.times_vary or fns.depends("control")
+        if control_varies:
+            varying = (*varying_times, control)
+        else:
+            constant, varying = (*constant, control), varying_times
 
         registers = solver._unpermute(registers1)
         value0 = residuals0 = with_residuals = None
-        pulls: list[Any] = [None] * len(self.couplings)
-        infos: list[Any] = [None] * len(self.couplings)
-        scales: list[Any] = [None] * len(self.couplings)
-        pull_scales: list[Any] = [None] * len(self.couplings)
-        unscaled: list[Any] = [None] * len(self.couplings)
-        shifts: list[Any] = [None] * len(self.couplings)
+        undone: list[Any] = [None] * len(self.couplings)
         for k in reversed(range(len(self.couplings))):
-            coupling = self.couplings[k]
-            others = coupling.others(registers)
+            others = self.couplings[k].others(registers)
             if k == self._first_shift:
                 others = start.select(self._known_others(start, fixed), others)
-            value = None
-            if self._has_value(k):
-                if k == 0:
-                    value0, residuals0, with_residuals = fns.linearise(
-                        "evaluate", *self._evaluate_arguments(fns, step.t0, others)
-                    )
-                    # At the start of the solve, it need not be what is found here.
-                    known = solver.split(start.y, start.solver_state).value
-                    value0 = start.select(known, value0)
-                    value = value0
-                else:
-                    value = value1
-            if control_varies:
-                own_constant, varying = constant, (control, others, value)
-            else:
-                own_constant, varying = (*constant, control), (others, value)
-            varying = (*varying_times, *varying)
-            if coupling.shift is None:
-                shift, infos[k] = None, {}
-            elif solver.is_constant(coupling) and not want_dense_info:
-                shift, infos[k] = fns.call(f"shift_{k}", *own_constant, *varying)
-            else:
-                (shift, infos[k]), pulls[k] = fns.vjp(
-                    f"shift_{k}", own_constant, varying
+            value = value1 if self._has_value(k) else None
+            if self._has_value(k) and k == 0:
+                value0, residuals0, with_residuals = fns.linearise(
+                    "evaluate", *self._evaluate_arguments(fns, step.t0, others)
                 )
-            scales[k], pull_scales[k] = self._scale(fns, k, fixed)
-            coupling.undo(registers, scales[k], shift)
-            unscaled[k] = registers[coupling.register]
-            shifts[k] = shift
+                # At the start of the solve, it need not be what is found here.
+                known = solver.split(start.y, start.solver_state).value
+                value = value0 = start.select(known, value0)
+            arguments = constant, (*varying, others, value)
+            undone[k] = self._undo(fns, k, registers, fixed, arguments, want_dense_info)
         registers0 = tuple(registers)
         if solver.has_evaluate:
             # All linearisations of `evaluate` differ only in their residuals.
@@ -200,9 +181,10 @@ class CouplingPullback(AbstractPullback):
         rebuilt = solver.merge(Registers(registers0, value0, fixed, memo))
 
         if want_dense_info:
+            infos = tuple(x.info for x in undone)
             registers0 = solver.split(*start.choose(*rebuilt)).registers
             (_, dense_info), pull_finish = fns.vjp(
-                "finish", (), (registers0, registers1, tuple(infos))
+                "finish", (), (registers0, registers1, infos)
             )
         else:
             dense_info = pull_finish = None
@@ -211,66 +193,34 @@ class CouplingPullback(AbstractPullback):
             grad_registers1, grad_value1, grad_fixed, grad_memo = solver.arrange(
                 grad_y1, grad_solver_state1
             )
-            grad_consts: dict[int, Any] = {}
-            grad_control = grad_value0 = grad_finish0 = None
-            grad_times: tuple = (None, None)
+            total = _Total(fns.times_vary, control_varies)
+            grad_value0 = grad_finish0 = None
             grad_infos: tuple = (None,) * len(self.couplings)
-
-            def add_consts(new):
-                for i, g in new.items():
-                    grad_consts[i] = tree_add(grad_consts.get(i), g)
-
             if grad_dense_info is not None:
                 assert pull_finish is not None
                 new, (grad_finish0, grad_finish1, grad_infos) = pull_finish(
                     (None, grad_dense_info)
                 )
-                add_consts(new)
+                total.add_consts(new)
                 grad_registers1 = tree_add(grad_registers1, grad_finish1)
 
             grads = self._drop_constants(solver._unpermute(grad_registers1))
             for k in reversed(range(len(self.couplings))):
-                coupling = self.couplings[k]
-                i = coupling.register
-                grad_others = grad_value_k = None
-                if pulls[k] is not None:
-                    grad_shift = of_dtype(coupling.grad_shift(grads), shifts[k])
-                    new, (*grad_others_k, grad_others, grad_value_k) = pulls[k](
-                        (grad_shift, grad_infos[k])
+                grad_value = self._pull(k, undone[k], grads, grad_infos[k], total)
+                if self._has_value(k) and k == 0:
+                    grad_value0 = grad_value
+                elif self._has_value(k):
+                    assert pull_value1 is not None
+                    new, (*grad_t1, grad_others) = pull_value1(
+                        tree_add(grad_value1, grad_value)
                     )
-                    add_consts(new)
-                    if control_varies:
-                        grad_control = tree_add(grad_control, grad_others_k.pop())
-                    if fns.times_vary:
-                        grad_times = tree_add(grad_times, tuple(grad_others_k))
-                if pull_scales[k] is not None:
-                    _, pull_product = jax.vjp(
-                        lambda s, k=k: jtu.tree_map(lambda x: s * x, unscaled[k]),
-                        scales[k],
-                    )
-                    new, _ = pull_scales[k](*pull_product(grads[i]))
-                    add_consts(new)
-                coupling.pull_scale(grads, scales[k])
-                if grad_others is not None:
-                    coupling.add_others(grads, grad_others)
-                    grads = self._drop_constants(grads)
-                if self._has_value(k):
-                    if k == 0:
-                        grad_value0 = grad_value_k
-                    else:
-                        assert pull_value1 is not None
-                        new, (*grad_t1, grad_others) = pull_value1(
-                            tree_add(grad_value1, grad_value_k)
-                        )
-                        add_consts(new)
-                        if fns.times_vary:
-                            grad_times = tree_add(grad_times, (None, *grad_t1))
-                        coupling.add_others(grads, grad_others)
+                    total.add_consts(new)
+                    total.add_times((None, *grad_t1))
+                    self.couplings[k].add_others(grads, grad_others)
             if control_varies:
-                new, grad_times_control = pull_control(grad_control)
-                add_consts(new)
-                if fns.times_vary:
-                    grad_times = tree_add(grad_times, grad_times_control)
+                new, grad_times = pull_control(total.control)
+                total.add_consts(new)
+                total.add_times(grad_times)
             if grad_finish0 is not None:
                 grads = [tree_add(g, h) for g, h in zip(grads, grad_finish0)]
             for i in solver.constants:
@@ -280,12 +230,83 @@ class CouplingPullback(AbstractPullback):
             grad_y0, grad_solver_state0 = solver.merge(
                 Registers(tuple(grads), grad_value0, grad_fixed, grad_memo)
             )
-            return (
-                Grads(grad_consts, grad_y0, grad_solver_state0, *grad_times),
-                next_carry,
-            )
+            grads0 = Grads(total.consts, grad_y0, grad_solver_state0, *total.times)
+            return grads0, next_carry
 
         return Rebuilt(*rebuilt, dense_info, pull)
+
+    def _undo(self, fns, k, registers, fixed, arguments, want_dense_info) -> "_Undone":
+        """Undoes a coupling, in place."""
+        coupling = self.couplings[k]
+        shift, info, pull = None, {}, None
+        constant, varying = arguments
+        if coupling.shift is not None:
+            if self.solver.is_constant(coupling) and not want_dense_info:
+                shift, info = fns.call(f"shift_{k}", *constant, *varying)
+            else:
+                (shift, info), pull = fns.vjp(f"shift_{k}", constant, varying)
+        scale, pull_scale = self._scale(fns, k, fixed)
+        coupling.undo(registers, scale, shift)
+        unscaled = registers[coupling.register]
+        return _Undone(shift, info, pull, scale, pull_scale, unscaled)
+
+    def _pull(self, k, undone: "_Undone", grads, grad_info, total: "_Total") -> Any:
+        """Pulls gradients back through a coupling, in place. Returns that of the value
+        which it shares with the next step."""
+        coupling = self.couplings[k]
+        grad_others = grad_value = None
+        if undone.pull is not None:
+            grad_shift = of_dtype(coupling.grad_shift(grads), undone.shift)
+            new, (*grad_rest, grad_others, grad_value) = undone.pull(
+                (grad_shift, grad_info)
+            )
+            total.add_consts(new)
+            if total.control_varies:
+                total.control = tree_add(total.control, grad_rest.pop())
+            total.add_times(tuple(grad_rest))
+        if undone.pull_scale is not None:
+            _, pull_product = jax.vjp(
+                lambda s: jtu.tree_map(lambda x: s * x, undone.unscaled), undone.scale
+            )
+            new, _ = undone.pull_scale(*pull_product(grads[coupling.register]))
+            total.add_consts(new)
+        coupling.pull_scale(grads, undone.scale)
+        if grad_others is not None:
+            coupling.add_others(grads, grad_others)
+            grads[:] = self._drop_constants(grads)
+        return grad_value
+
+
+class _Undone(NamedTuple):
+    """A coupling that has been undone, and what its pullback needs."""
+
+    shift: PyTree
+    # For `finish`.
+    info: dict[str, PyTree]
+    pull: Callable | None
+    scale: Any
+    pull_scale: Callable | None
+    # The register that it updates, before that.
+    unscaled: PyTree
+
+
+class _Total:
+    """The gradients of what all couplings of a step share, so far."""
+
+    def __init__(self, times_vary: bool, control_varies: bool):
+        self.times_vary = times_vary
+        self.control_varies = control_varies
+        self.consts: dict[int, Any] = {}
+        self.control: PyTree = None
+        self.times: tuple = (None, None)
+
+    def add_consts(self, new: dict[int, Any]) -> None:
+        for i, g in new.items():
+            self.consts[i] = tree_add(self.consts.get(i), g)
+
+    def add_times(self, new: tuple) -> None:
+        if self.times_vary:
+            self.times = tree_add(self.times, new)
 
 
 def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):

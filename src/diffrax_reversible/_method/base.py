@@ -2,31 +2,35 @@ import abc
 from typing import Any, TypeVar
 
 import diffrax
-from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, Y
 
 
 _SolverState = TypeVar("_SolverState")
 
 
 class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
-    """Abstract base class for solvers whose steps can be undone in closed form.
+    """Abstract base class for solvers whose steps can be undone. Subclass it to use a
+    solver of your own with [`diffrax_reversible.ReversibleAdjoint`][].
 
     A subclass is a [`diffrax.AbstractSolver`][] with one more method,
     [`diffrax_reversible.AbstractReversibleSolver.backward_step`][]; nothing else is
-    required of it. Used with [`diffrax_reversible.ReversibleAdjoint`][], each step is
-    then undone by `backward_step` and differentiated by taking the VJP of `step`, which
-    together cost about two evaluations of the step and one pullback. A solver that is a
-    sequence of affine couplings is better written as a
-    [`diffrax_reversible.AbstractCouplingSolver`][], which gets `step`, `backward_step`
-    and a pullback of about half the cost from a single definition.
+    required. On the backward pass each step is undone by `backward_step` and
+    differentiated by taking the VJP of `step`, which together cost about two
+    evaluations of the step and one pullback. Write a solver that is a sequence of
+    affine couplings as a [`diffrax_reversible.AbstractCouplingSolver`][] instead: that
+    gets `step`, `backward_step` and a pullback of about half the cost from a single
+    definition.
+
+    If some steps cannot be undone, or not without a loss of accuracy, override
+    `needs_checkpoint` or `wants_checkpoint`. If a part of the solver state cannot be
+    rebuilt, override `recorded`.
     """
 
     @abc.abstractmethod
     def backward_step(
         self,
-        terms: PyTree[diffrax.AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,
@@ -60,12 +64,8 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         """
 
     def recorded(self, solver_state: Any) -> Any:
-        """Selects the part of the solver state that does not depend on `y` and cannot
-        be rebuilt: times, counters, and the like.
-
-        It is recorded at the start of every accepted step, and handed to
-        `backward_step` as a part of its `solver_state`. It costs its own size in memory
-        for every step, and is a constant for the purpose of differentiation.
+        """Selects the part of the solver state that cannot be rebuilt, and does not
+        depend on `y`: times, counters, and the like.
 
         **Arguments:**
 
@@ -75,6 +75,10 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
 
         A node or a sequence of nodes of `solver_state`, as for the `where` of
         `equinox.tree_at`. By default, nothing.
+
+        What is selected is recorded at the start of every accepted step, and handed to
+        `backward_step` as a part of its `solver_state`. It costs its own size in memory
+        for every step, and is a constant when a step is differentiated.
         """
         del solver_state
         return ()
@@ -85,11 +89,9 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         new_solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> BoolScalarLike:
-        """Whether an accepted step cannot be undone by `backward_step`.
-
-        If so then `y` and the solver state at its start are stored on the way forward,
-        in one of the slots of [`diffrax_reversible.ReversibleAdjoint`][], and take the
-        place of what `backward_step` returns.
+        """Whether an accepted step cannot be undone by `backward_step`. If so then `y`
+        and the solver state at its start are stored (or recomputed from what is), and
+        take the place of what `backward_step` returns.
 
         **Arguments:**
 
@@ -99,7 +101,8 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
 
         **Returns:**
 
-        A boolean. By default the Python value `False`, and then no slots are made.
+        A boolean. By default the Python value `False`, for a solver of which every step
+        can be undone.
         """
         del solver_state, new_solver_state, made_jump
         return False
@@ -110,19 +113,19 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         new_solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> BoolScalarLike:
-        """Whether `y` at the start of an accepted step should be stored although
-        `backward_step` can rebuild it: for example because rounding errors would have
-        grown by too much between the end of the solve and there.
+        """Whether `y` and the solver state at the start of an accepted step should be
+        stored although `backward_step` can rebuild them: for example because rounding
+        errors would have grown by too much between the end of the solve and there.
 
-        As for [`diffrax_reversible.AbstractReversibleSolver.needs_checkpoint`][]; in
-        addition [`diffrax_reversible.ReversibleAdjoint`][] compares what was rebuilt
-        with what was stored.
-
-        **Arguments:** As for `needs_checkpoint`.
+        **Arguments:** As for
+        [`diffrax_reversible.AbstractReversibleSolver.needs_checkpoint`][].
 
         **Returns:**
 
         A boolean. By default the Python value `False`.
+
+        [`diffrax_reversible.ReversibleAdjoint`][] compares what was rebuilt with what
+        was stored.
         """
         del solver_state, new_solver_state, made_jump
         return False

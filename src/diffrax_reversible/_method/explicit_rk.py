@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._compat import Args, RealScalarLike, Y
+from .._compat import Args, RealScalarLike, Term, Y
 
 
 # In place of a stage that is not evaluated. (`None` is a stage, if `y` is `None`.)
@@ -40,7 +40,7 @@ def num_evaluations(tableau: diffrax.ButcherTableau) -> int:
 
 def explicit_rk_increment(
     tableau: diffrax.ButcherTableau,
-    term: diffrax.AbstractTerm,
+    term: Term,
     t_from: RealScalarLike,
     t_to: RealScalarLike,
     y: Y,
@@ -122,7 +122,7 @@ def _primitives(jaxpr) -> Iterator[str]:
 
 def _scan_stages(
     tableau: diffrax.ButcherTableau,
-    term: diffrax.AbstractTerm,
+    term: Term,
     ts: list[RealScalarLike],
     y: Y,
     args: Args,

@@ -47,14 +47,16 @@ def has_own_interpolation(solver: Any) -> bool:
         "diffrax's Runge--Kutta solvers: called as `interpolation_cls(t0=t0, t1=t1, "
         f"y0=y0, y1=y1, k=k)`, with all stages stacked in `k`, here {num_stages}, it "
         "must return an interpolation from `y0` to `y1`. "
-        "`diffrax.ThirdOrderHermitePolynomialInterpolation.from_k` will do. "
+        "Use for example `diffrax.ThirdOrderHermitePolynomialInterpolation.from_k`. "
     )
     try:
         interpolation, out = eqx.filter_eval_shape(evaluate, t, y, k)
     except Exception as e:
-        raise ValueError(message + f"This one fails with: {e}") from e
+        raise ValueError(message + f"`{name}.interpolation_cls` fails: {e}") from e
     if getattr(out, "shape", None) != y.shape:
-        raise ValueError(message + f"Where `y` is {y}, this one gives {out}.")
+        raise ValueError(
+            message + f"`{name}.interpolation_cls` gives {out} where `y` is {y}."
+        )
     # Not `isinstance`: a subclass may be anything.
     return type(interpolation) not in (
         diffrax.LocalLinearInterpolation,

@@ -40,7 +40,7 @@ def _coefficients(tableau: diffrax.StochasticButcherTableau) -> list[Any]:
 
 
 def brownian_control(
-    terms: diffrax.MultiTerm, t0: RealScalarLike, t1: RealScalarLike, names: str
+    terms: diffrax.MultiTerm[Any], t0: RealScalarLike, t1: RealScalarLike, names: str
 ) -> tuple[PyTree, ...]:
     """`h`, and those of `W`, `H` and `K` that are named."""
     drift, diffusion = terms.terms
@@ -60,7 +60,7 @@ def brownian_control(
 
 def srk_control(
     tableau: diffrax.StochasticButcherTableau,
-    terms: diffrax.MultiTerm,
+    terms: diffrax.MultiTerm[Any],
     t0: RealScalarLike,
     t1: RealScalarLike,
 ) -> tuple[PyTree, ...]:
@@ -76,7 +76,7 @@ def reversed_control(control: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
 
 def srk_increment(
     tableau: diffrax.StochasticButcherTableau,
-    terms: diffrax.MultiTerm,
+    terms: diffrax.MultiTerm[Any],
     t_from: RealScalarLike,
     t_to: RealScalarLike,
     y: Y,

@@ -7,9 +7,19 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, WrapTerm, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    PyTree,
+    RealScalarLike,
+    Terms,
+    VF,
+    WrapTerm,
+    Y,
+)
 from .._method.base import AbstractReversibleSolver
 from .._method.controlled import budget, precision
 from .._method.srk import brownian_control
@@ -72,13 +82,31 @@ class ABOBA(
     AbstractReversibleSolver[_SolverState],
     diffrax.AbstractStratonovichSolver[_SolverState],
 ):
-    r"""A splitting of underdamped Langevin dynamics,
+    r"""A splitting method for underdamped Langevin dynamics, with its reverse. Use it
+    for `terms=MultiTerm(UnderdampedLangevinDriftTerm(...),
+    UnderdampedLangevinDiffusionTerm(...))` and `y=(x, v)`, as [`diffrax.ALIGN`][].
+
+    Of order 2 and of strong order 2, and converges to the Stratonovich solution, which
+    is the Ito solution too, as the noise is additive. Has no error estimate. Needs a
+    Brownian motion with `levy_area=SpaceTimeLevyArea`.
+
+    Each step makes one evaluation of $\nabla f$; undoing it makes two, with one
+    pullback, on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The
+    solver state is a real scalar and two booleans. Dense output is linear.
+
+    !!! warning
+
+        The friction contracts velocities by $e^{-\gamma h}$ in each step, so rounding
+        errors grow by $e^{\gamma h}$ in the backward pass. The state is stored whenever
+        they would have grown by $e^{10}$ ($e^4$ in single precision), that is $\gamma T
+        / 10$ times in a solve over a time $T$, with the largest of the frictions; see
+        `checkpoints` of [`diffrax_reversible.ReversibleAdjoint`][].
+
+    **How it works.** The dynamics are
 
     $\mathrm{d}x = v \mathrm{d}t, \quad \mathrm{d}v = -\gamma v \mathrm{d}t - u \nabla
     f(x) \mathrm{d}t + \sqrt{2 \gamma u} \mathrm{d}w$
 
-    with `terms=MultiTerm(UnderdampedLangevinDriftTerm(...),
-    UnderdampedLangevinDiffusionTerm(...))` and `y=(x, v)`, as for [`diffrax.ALIGN`][].
     A step of size $h$, in which $W$ is the increment of the Brownian motion and $H$ its
     space-time Levy area, is
 
@@ -93,23 +121,8 @@ class ABOBA(
     $x \leftarrow x + \frac{h}{2} v + \frac{h}{2} s H$
 
     with $s^2 = u (1 - e^{-2 \gamma h}) / (h + \gamma^2 h^3 / 12)$, so that the velocity
-    of a free particle has the right distribution whatever $h$ is. That of the reference
-    is the same without the $H$s, which are what makes it a method of strong order 2 (1
-    without them).
-
-    Makes one evaluation of $\nabla f$ a step; undoing it makes two, with one pullback,
-    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The Brownian
-    motion needs `levy_area=SpaceTimeLevyArea`. There is no error estimate, and dense
-    output is linear. The solver state is an account, of a real scalar and two booleans.
-
-    !!! warning
-
-        A step is undone exactly, but for rounding: the friction contracts velocities by
-        $e^{-\gamma h}$, and so rounding errors grow by $e^{\gamma h}$ on the way back.
-        The solver asks for a checkpoint whenever that would exceed $e^{10}$ ($e^4$ in
-        single precision), that is $\gamma T / 10$ times in a solve over a time $T$,
-        with the largest of the frictions; see
-        [`diffrax_reversible.ReversibleAdjoint`][].
+    of a free particle has the right distribution whatever $h$ is. The method of the
+    reference is the same without $H$, and of strong order 1.
 
     ??? cite "Reference"
 
@@ -127,7 +140,7 @@ class ABOBA(
         ```
     """
 
-    term_structure: ClassVar = diffrax.MultiTerm[
+    term_structure: ClassVar[Any] = diffrax.MultiTerm[
         tuple[
             diffrax.UnderdampedLangevinDriftTerm,
             diffrax.UnderdampedLangevinDiffusionTerm,
@@ -137,15 +150,15 @@ class ABOBA(
         diffrax.LocalLinearInterpolation
     )
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 2
 
     def init(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -155,8 +168,8 @@ class ABOBA(
         levy = diffusion.contr(t0, t1, use_levy=True)
         if not isinstance(levy, diffrax.AbstractSpaceTimeLevyArea):
             raise ValueError(
-                "`ABOBA()` needs a Brownian motion with its space-time Levy area. Use "
-                "for example `VirtualBrownianTree(levy_area=SpaceTimeLevyArea)`."
+                "`ABOBA()` needs the space-time Levy area of the Brownian motion. Use "
+                "`VirtualBrownianTree(..., levy_area=diffrax.SpaceTimeLevyArea)`."
             )
         x0, _ = y0
         same = [
@@ -172,13 +185,14 @@ class ABOBA(
             jnp.zeros((), precision(y0).dtype),
             ~jnp.all(jnp.array(same)),
             "`ABOBA()` needs `gamma` and `u` to be the same in both of "
-            "`UnderdampedLangevinDriftTerm` and `UnderdampedLangevinDiffusionTerm`.",
+            "`UnderdampedLangevinDriftTerm` and `UnderdampedLangevinDiffusionTerm`. "
+            "Pass the same values to both.",
         )
         return _SolverState(spent, jnp.array(False), jnp.array(False))
 
     def func(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -236,7 +250,7 @@ class ABOBA(
 
     def step(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -268,7 +282,7 @@ class ABOBA(
 
     def backward_step(
         self,
-        terms: diffrax.MultiTerm,
+        terms: diffrax.MultiTerm[Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,
@@ -293,6 +307,6 @@ ABOBA.__init__.__doc__ = """**Arguments:** None
 
 **Raises:**
 
-- `ValueError` on the first step if the Brownian motion has no space-time Levy area, and
-    an error at run time if `gamma` or `u` are not the same in both terms.
+- `ValueError`, when a solve starts, if the Brownian motion has no space-time Levy area.
+- `RuntimeError`, when it runs, if `gamma` or `u` are not the same in both terms.
 """

@@ -1,28 +1,32 @@
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
 
-from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
-from .._method.controlled import precision, rms
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    is_sde,
+    PyTree,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
+from .._method import restart
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 
 
 # `v`; and with `full_sync`, `(v, sync, memo)` where `sync` is whether to do so next.
 _SolverState: TypeAlias = PyTree
-
-
-class _Memo(NamedTuple):
-    # The error estimate of the step before.
-    y_error: PyTree
-    # Steps since the last start.
-    age: Array
 
 
 @final
@@ -31,10 +35,37 @@ class AsynchronousLeapfrog(
     diffrax.AbstractAdaptiveSolver[_SolverState],
     diffrax.AbstractStratonovichSolver[_SolverState],
 ):
-    r"""The asynchronous leapfrog method, with its reverse.
+    r"""The asynchronous leapfrog method, with its reverse. Use it where a vector field
+    is costly: it makes one evaluation a step.
 
-    With a velocity $v$ next to $y$, $v_0 = f(t_0, y_0)$, a step over a control
-    increment $\Delta x$ is
+    Of order 2 (of **order 1** with a `damping` other than 1), with an embedded error
+    estimate of order 1, so that step sizes can be adaptive. When used to solve SDEs,
+    with `damping=1`, converges to the Stratonovich solution, with strong order 0.5.
+
+    Each step makes one evaluation of the vector field, and one evaluation with its
+    pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]; one
+    more is made at the very start. The solver state is a velocity $v$, of the
+    structure, shapes and dtypes of the vector field, so that with `y` it takes twice
+    the memory of `y`. Uses 2nd order interpolation for dense/ts output, without further
+    evaluations.
+
+    !!! warning
+
+        Unstable on every component of the solution that decays: the error of $v$
+        changes its sign in every step, and grows like $e^{-at}$ along a component that
+        behaves like $e^{at}$. On `y' = -5 y` over a time of 10, with a thousand steps,
+        the error is 2e+15; and under a step size controller the steps become so small
+        that `max_steps` is reached. Use [`diffrax_reversible.UReversible`][] there, or
+        `AsynchronousLeapfrog(full_sync=True)`: that is accurate again, and starts anew
+        in 19 of these steps. A jump of the vector field has the same effect, as $v$ is
+        carried across it, and the same remedy.
+
+        With $\eta < 1$ the method is stable there, but of order 1; and undoing a step
+        amplifies rounding errors by $1 / |1 - 2 \eta|$. For $\eta = 0.9$ that is a
+        factor of 5e+9 in a hundred steps.
+
+    **How it works.** With $v_0 = f(t_0, y_0)$, a step over a control increment $\Delta
+    x$ is
 
     $y \leftarrow y + \frac{1}{2} v \Delta x$
 
@@ -42,33 +73,9 @@ class AsynchronousLeapfrog(
 
     $y \leftarrow y + \frac{1}{2} v \Delta x$
 
-    with the damping $\eta = 1$ by default. Of order 2, with an embedded error estimate
-    of order 1 (half of the change of $v$, times $\Delta x$). With any other damping it
-    is of **order 1**: $v$ then lags behind by $h y'' (1 - \eta) / (2 \eta)$, and the
-    error is of the first order in that.
-
-    Each step makes one evaluation of the vector field, and one evaluation with its
-    pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]; one
-    more is made at the very start. The solver state is $v$, of the structure of the
-    vector field. Uses 2nd order interpolation for dense/ts output, which needs no
-    further evaluations.
-
-    With $\eta = 1$, when used to solve SDEs, converges to the Stratonovich solution.
-
-    !!! warning
-
-        The error of $v$ changes its sign in every step, and grows like $e^{-at}$ along
-        a component that behaves like $e^{at}$: the method is unstable on every
-        component that decays. On `y' = -5 y` over a time of 10, with a thousand steps,
-        the error is 2e+15; and under a step size controller the steps become so small
-        that `max_steps` is reached. The cure is [`diffrax_reversible.UReversible`][],
-        or `AsynchronousLeapfrog(full_sync=True)`: that is accurate again, and starts
-        anew in 19 of these steps. A jump of the vector field has the same effect, as
-        $v$ is carried across it, and the same cure.
-
-        With $\eta < 1$ the method is stable there, but of order 1; and undoing a step
-        amplifies rounding errors by $1 / |1 - 2 \eta|$. For $\eta = 0.9$ that is a
-        factor of 5e+9 in a hundred steps.
+    with the `damping` $\eta$. The error estimate is half of the change of $v$, times
+    $\Delta x$. With $\eta < 1$, $v$ lags behind by $h y'' (1 - \eta) / (2 \eta)$, and
+    the error is of the first order in that.
 
     ??? cite "Reference"
 
@@ -91,7 +98,7 @@ class AsynchronousLeapfrog(
         ```
     """
 
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[
         Callable[..., diffrax.ThirdOrderHermitePolynomialInterpolation]
     ] = diffrax.ThirdOrderHermitePolynomialInterpolation
@@ -104,18 +111,18 @@ class AsynchronousLeapfrog(
         if full_sync and self.damping != 1:
             raise ValueError(
                 "`AsynchronousLeapfrog(damping=..., full_sync=True)`: use one or the "
-                "other. A full sync needs `damping=1`, and leaves nothing to damp."
+                "other, as `full_sync=True` needs `damping=1`."
             )
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2 if self.damping == 1 else 1
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -130,13 +137,12 @@ class AsynchronousLeapfrog(
             )
         v = terms.vf(t0, y0, args)
         if self.full_sync:
-            zeros = jtu.tree_map(jnp.zeros_like, y0)
-            return v, jnp.array(False), _Memo(zeros, jnp.array(0))
+            return v, jnp.array(False), restart.init(y0)
         return v
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -203,7 +209,12 @@ class AsynchronousLeapfrog(
         f = step.terms.vf(t_mid, y, step.args)  # pyright: ignore[reportAttributeAccessIssue]
         return jtu.tree_map(lambda x: 2 * self.damping * x, f), {}
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         y0, _ = registers0
         y1, _ = registers1
         *_, first, _, last = infos
@@ -212,19 +223,20 @@ class AsynchronousLeapfrog(
         double = lambda x: jtu.tree_map(lambda a: 2 * a, x)
         return y_error, dict(y0=y0, y1=y1, k0=double(drift0), k1=double(drift1))
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if not self.full_sync:
             return fixed, memo
         y1, _ = registers1
-        # The estimate is half of `h**2 y''`, and the parasitic solution, of alternating
-        # sign.
-        smooth = rms(jtu.tree_map(lambda a, b: a + b, y_error, memo.y_error))
-        alternating = rms(jtu.tree_map(lambda a, b: a - b, y_error, memo.y_error))
-        eps = float(precision(y1).eps)
-        # (In the first step after a start there is nothing to compare with.)
-        sync = ~(alternating <= 4 * smooth + 16 * eps * rms(y1)) & (memo.age >= 1)
-        age = jnp.where(sync, 0, memo.age + 1)
-        return sync, _Memo(y_error, age)
+        # The estimate is half of `h**2 y''`, and the parasitic solution.
+        return restart.update(memo, y_error, y1, 1)
 
 
 def _check_damping(damping) -> float:
@@ -237,8 +249,8 @@ def _check_damping(damping) -> float:
         ) from e
     if as_float == 0.5:
         raise ValueError(
-            "`AsynchronousLeapfrog(damping=0.5)` forgets the velocity altogether, and "
-            "cannot be undone. Use another number, best close to 1."
+            "`AsynchronousLeapfrog(damping=0.5)` discards the velocity, so that a step "
+            "cannot be undone. Use another `damping`, best close to 1."
         )
     if not (math.isfinite(as_float) and 0 < as_float <= 1):
         raise ValueError(
@@ -250,12 +262,12 @@ def _check_damping(damping) -> float:
 
 AsynchronousLeapfrog.__init__.__doc__ = """**Arguments:**
 
-- `damping`: The number $\\eta$ of Zhuang et al., with `0 < damping <= 1`. Not 1/2, for
+- `damping`: The number $\\eta$ of the method, with `0 < damping <= 1`. Not 1/2, for
     then nothing remains of the velocity, and a step cannot be undone.
-- `full_sync`: If true then the method is started anew, from $v = f(t, y)$, with one
-    more evaluation of the vector field, when the part of the error estimate that
-    changes its sign from step to step has become four times the part that does not.
-    That keeps it stable. But such a step takes a slot from
+- `full_sync`: If true then the method starts anew, from $v = f(t, y)$, with one more
+    evaluation of the vector field, when the part of the error estimate that changes its
+    sign from step to step has become four times the part that does not. That keeps it
+    stable. But the state at such a step is stored, as one of
     `ReversibleAdjoint(checkpoints=...)`.
 
 **Raises:**

@@ -1,8 +1,6 @@
 from typing import ClassVar, final
 
-import diffrax
-from jaxtyping import PyTree
-
+from .._compat import Terms
 from .splitting import AbstractSplitting, palindrome
 
 
@@ -30,18 +28,21 @@ def _even(half: tuple[float, ...]) -> tuple[float, ...]:
 
 @final
 class BlanesMoan4(AbstractSplitting):
-    r"""The method of order 4 of Blanes & Moan: symplectic, with its reverse.
+    r"""Blanes & Moan's symplectic method of order 4, with its reverse. Of the methods
+    of order 4, use this one: for N-body problems and molecular dynamics.
 
     A splitting with 7 kicks and 6 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
-    arranged as for [`diffrax.SemiImplicitEuler`][]. Each step makes 6 evaluations of
-    each vector field, and as many with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the evaluation that
-    neighbouring steps share. Has no error estimate. Dense output is of order 3. For
-    more see [`diffrax_reversible.AbstractSplitting`][].
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 4. Has no error
+    estimate. Cannot solve SDEs.
 
-    Its coefficients were optimised for a small error: this is the method of order 4 to
-    use. It does not ask for a kinetic energy that is quadratic, as methods of
-    Nystrom's type do.
+    Each step makes 6 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 3, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    Its coefficients were optimised for a small error. The kinetic energy need not be
+    quadratic, as it must be for methods of Nystrom's type.
 
     ??? cite "Reference"
 
@@ -62,24 +63,27 @@ class BlanesMoan4(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _odd(_a_4)
     drifts: ClassVar[tuple[float, ...]] = _even(_b_4)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 4
 
 
 @final
 class BlanesMoan6(AbstractSplitting):
-    r"""The method of order 6 of Blanes & Moan: symplectic, with its reverse.
+    r"""Blanes & Moan's symplectic method of order 6, with its reverse. Of the methods
+    of order 6, use this one: for very accurate solutions of N-body problems.
 
     A splitting with 11 kicks and 10 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
-    arranged as for [`diffrax.SemiImplicitEuler`][]. Each step makes 10 evaluations of
-    each vector field, and as many with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the evaluation that
-    neighbouring steps share. Has no error estimate. Dense output is of order 3. For
-    more see [`diffrax_reversible.AbstractSplitting`][].
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 6. Has no error
+    estimate. Cannot solve SDEs.
 
-    Its coefficients were optimised for a small error: this is the method of order 6 to
-    use. It does not ask for a kinetic energy that is quadratic, as methods of
-    Nystrom's type do.
+    Each step makes 10 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 3, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    Its coefficients were optimised for a small error. The kinetic energy need not be
+    quadratic, as it must be for methods of Nystrom's type.
 
     ??? cite "Reference"
 
@@ -100,7 +104,7 @@ class BlanesMoan6(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _odd(_a_6)
     drifts: ClassVar[tuple[float, ...]] = _even(_b_6)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 6
 
 

@@ -1,14 +1,22 @@
 import math
 from collections.abc import Callable
-from typing import ClassVar, final, TypeAlias
+from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
 from .._method.base import AbstractReversibleSolver
 from .._method.explicit_rk import explicit_rk_increment
 
@@ -54,21 +62,21 @@ class _AbstractEffectivelySymmetric(
     diffrax.AbstractAdaptiveSolver[_SolverState],
     diffrax.AbstractStratonovichSolver[_SolverState],
 ):
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[
         Callable[..., diffrax.ThirdOrderHermitePolynomialInterpolation]
     ] = diffrax.ThirdOrderHermitePolynomialInterpolation
     tableau: eqx.AbstractClassVar[diffrax.ButcherTableau]
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -78,7 +86,7 @@ class _AbstractEffectivelySymmetric(
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -87,7 +95,7 @@ class _AbstractEffectivelySymmetric(
 
     def step(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -106,7 +114,7 @@ class _AbstractEffectivelySymmetric(
 
     def backward_step(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,
@@ -132,31 +140,32 @@ def _dense_info(y0: Y, y1: Y, k0: Y) -> DenseInfo:
 
 @final
 class EES25(_AbstractEffectivelySymmetric):
-    r"""An explicit and effectively symmetric Runge--Kutta method with 3 stages: it is
-    undone by a step of size $-h$, up to $O(h^6)$.
+    r"""An explicit Runge--Kutta method that is *nearly* reversible: of 3 stages, and
+    undone by a step of size $-h$ up to $O(h^6)$. Use it where a second copy of `y` does
+    not fit in memory.
 
-    EES(2, 5; x = 1/10) of the reference. Of order 2, with an embedded Euler method as
-    error estimate. Each step makes 3 evaluations of the vector field; undoing it makes
-    6, and 3 pullbacks, on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. There is no solver state, and no second
-    register: so nothing grows next to the solution, and it is as stable as an ordinary
-    Runge--Kutta method with steps forwards. Uses 2nd order interpolation for dense/ts
-    output, which needs no further evaluations.
+    Of order 2, with an embedded Euler method as error estimate, so that step sizes can
+    be adaptive. As stable as an ordinary explicit Runge--Kutta method with 3 stages of
+    order 2. When used to solve SDEs, converges to the Stratonovich solution, with
+    strong order 0.5.
 
-    When used to solve SDEs, converges to the Stratonovich solution.
+    Each step makes 3 evaluations of the vector field; undoing it makes 6, and 3
+    pullbacks, on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. There
+    is no solver state. Uses 2nd order interpolation for dense/ts output, without
+    further evaluations.
 
     !!! warning
 
-        The gradient is not exact. Its error is that of the rebuilt solution, $O(h^5)$,
-        and grows on the way back as any error does that goes against a contraction.
-        For a pendulum over a time of 20 it is 3e-5 with 100 steps, 1e-6 with 200 and
-        3e-8 with 400; on Van der Pol's equation over a time of 10 it is 2e-5 with 800.
-        Where the solution that was rebuilt is off by more than
-        `ReversibleAdjoint(drift_tolerance=...)`, that raises an error; how far it is
-        off is in the `drift` of [`diffrax_reversible.diagnose`][]. There are no
-        checkpoints but those of `ReversibleAdjoint(checkpoint_every=...)`, which make
-        the error smaller. For an exact gradient use
-        [`diffrax_reversible.UReversible`][].
+        A step is not undone exactly. The error of what is rebuilt, $O(h^5)$ in all,
+        grows on the backward pass where the solution contracts. `ReversibleAdjoint`
+        notices an error of more than about half of the digits, and repeats the backward
+        pass with more states stored and recomputed, in the end with all of them: then
+        the gradient is exact, and takes longer. A smaller error is in the gradient.
+        `ReversibleAdjoint(checkpoint_every=...)` makes it smaller still, and the
+        `drift` of [`diffrax_reversible.diagnose`][] shows how large it is. For exact
+        gradients at once use [`diffrax_reversible.UReversible`][].
+
+    This is EES(2, 5; x = 1/10) of the reference.
 
     ??? cite "Reference"
 
@@ -176,31 +185,32 @@ class EES25(_AbstractEffectivelySymmetric):
 
 @final
 class EES27(_AbstractEffectivelySymmetric):
-    r"""An explicit and effectively symmetric Runge--Kutta method with 4 stages: it is
-    undone by a step of size $-h$, up to $O(h^8)$.
+    r"""An explicit Runge--Kutta method that is *nearly* reversible: of 4 stages, and
+    undone by a step of size $-h$ up to $O(h^8)$. Use it where a second copy of `y` does
+    not fit in memory.
 
-    EES(2, 7; x = (5 - 3 sqrt(2)) / 14) of the reference. Of order 2, with an embedded
-    Euler method as error estimate. Each step makes 4 evaluations of the vector field;
-    undoing it makes 8, and 4 pullbacks, on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. There is no solver state, and no second
-    register: so nothing grows next to the solution, and it is as stable as an ordinary
-    Runge--Kutta method with steps forwards. Uses 2nd order interpolation for dense/ts
-    output, which needs no further evaluations.
+    Of order 2, with an embedded Euler method as error estimate, so that step sizes can
+    be adaptive. As stable as an ordinary explicit Runge--Kutta method with 4 stages of
+    order 2. When used to solve SDEs, converges to the Stratonovich solution, with
+    strong order 0.5.
 
-    When used to solve SDEs, converges to the Stratonovich solution.
+    Each step makes 4 evaluations of the vector field; undoing it makes 8, and 4
+    pullbacks, on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. There
+    is no solver state. Uses 2nd order interpolation for dense/ts output, without
+    further evaluations.
 
     !!! warning
 
-        The gradient is not exact. Its error is that of the rebuilt solution, $O(h^7)$,
-        and grows on the way back as any error does that goes against a contraction.
-        For a pendulum over a time of 20 it is 5e-6 with 50 steps, 4e-8 with 100 and
-        3e-10 with 200; on Van der Pol's equation over a time of 10 it is 2e-5 with
-        200. Where the solution that was rebuilt is off by more than
-        `ReversibleAdjoint(drift_tolerance=...)`, that raises an error; how far it is
-        off is in the `drift` of [`diffrax_reversible.diagnose`][]. There are no
-        checkpoints but those of `ReversibleAdjoint(checkpoint_every=...)`, which make
-        the error smaller. For an exact gradient use
-        [`diffrax_reversible.UReversible`][].
+        A step is not undone exactly. The error of what is rebuilt, $O(h^7)$ in all,
+        grows on the backward pass where the solution contracts. `ReversibleAdjoint`
+        notices an error of more than about half of the digits, and repeats the backward
+        pass with more states stored and recomputed, in the end with all of them: then
+        the gradient is exact, and takes longer. A smaller error is in the gradient.
+        `ReversibleAdjoint(checkpoint_every=...)` makes it smaller still, and the
+        `drift` of [`diffrax_reversible.diagnose`][] shows how large it is. For exact
+        gradients at once use [`diffrax_reversible.UReversible`][].
+
+    This is EES(2, 7; x = (5 - 3 sqrt(2)) / 14) of the reference.
 
     ??? cite "Reference"
 

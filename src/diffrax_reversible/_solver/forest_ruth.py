@@ -1,8 +1,6 @@
 from typing import ClassVar, final
 
-import diffrax
-from jaxtyping import PyTree
-
+from .._compat import Terms
 from .splitting import AbstractSplitting, composition
 
 
@@ -12,19 +10,22 @@ _kicks, _drifts = composition((_weight, 1 - 2 * _weight, _weight))
 
 @final
 class ForestRuth(AbstractSplitting):
-    r"""The method of Forest & Ruth, also known as Yoshida's of order 4: symplectic,
-    with its reverse.
+    """The symplectic method of order 4 of Forest & Ruth, and of Yoshida, with its
+    reverse. Use it where evaluations a step matter most: it is the cheapest of order 4.
 
-    Three Stormer--Verlet steps, the second of them backwards, for `terms=(term_1,
-    term_2)` and `y=(p, q)`, arranged as for [`diffrax.SemiImplicitEuler`][]. Each step
-    makes 3 evaluations of each vector field, and as many with their pullback on the
-    backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the
-    evaluation that neighbouring steps share. Has no error estimate. Dense output is of
-    order 2. For more see [`diffrax_reversible.AbstractSplitting`][].
+    A splitting with 4 kicks and 3 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 4. Has no error
+    estimate. Cannot solve SDEs.
 
-    It is the cheapest method of order 4, but its sub-steps are long (the longest is
-    -1.7 steps): for the same work the error of [`diffrax_reversible.BlanesMoan4`][] is
-    some ten times smaller.
+    Each step makes 3 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 2, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    It consists of three Stormer--Verlet steps, the second of them backwards. These are
+    long (the longest is -1.7 steps): for the same work the error of
+    [`diffrax_reversible.BlanesMoan4`][] is some ten times smaller.
 
     ??? cite "Reference"
 
@@ -44,7 +45,7 @@ class ForestRuth(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _kicks
     drifts: ClassVar[tuple[float, ...]] = _drifts
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 4
 
 

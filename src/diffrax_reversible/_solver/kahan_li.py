@@ -1,8 +1,6 @@
 from typing import ClassVar, final
 
-import diffrax
-from jaxtyping import PyTree
-
+from .._compat import Terms
 from .splitting import AbstractSplitting, composition, palindrome
 
 
@@ -36,14 +34,20 @@ _kicks_8, _drifts_8 = composition(
 
 @final
 class KahanLi6(AbstractSplitting):
-    r"""The method of order 6 of Kahan & Li: symplectic, with its reverse.
+    """Kahan & Li's symplectic method of order 6, with its reverse. For comparisons:
+    [`diffrax_reversible.BlanesMoan6`][] is the method of order 6 to use.
 
-    Nine Stormer--Verlet steps, for `terms=(term_1, term_2)` and `y=(p, q)`, arranged as
-    for [`diffrax.SemiImplicitEuler`][]. Each step makes 9 evaluations of each vector
-    field, and as many with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the evaluation that
-    neighbouring steps share. Has no error estimate. Dense output is of order 4. For
-    more see [`diffrax_reversible.AbstractSplitting`][].
+    A splitting with 10 kicks and 9 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 6. Has no error
+    estimate. Cannot solve SDEs.
+
+    Each step makes 9 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 4, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    It consists of nine Stormer--Verlet steps.
 
     ??? cite "Reference"
 
@@ -64,24 +68,28 @@ class KahanLi6(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _kicks_6
     drifts: ClassVar[tuple[float, ...]] = _drifts_6
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 6
 
 
 @final
 class KahanLi8(AbstractSplitting):
-    r"""The method of order 8 of Kahan & Li: symplectic, with its reverse.
+    """Kahan & Li's symplectic method of order 8, with its reverse. Use it for the most
+    accurate solutions of N-body problems and the like.
 
-    Seventeen Stormer--Verlet steps, for `terms=(term_1, term_2)` and `y=(p, q)`,
-    arranged as for [`diffrax.SemiImplicitEuler`][]. Each step makes 17 evaluations of
-    each vector field, and as many with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the evaluation that
-    neighbouring steps share. Has no error estimate. Dense output is of order 4. For
-    more see [`diffrax_reversible.AbstractSplitting`][].
+    A splitting with 18 kicks and 17 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 8. Has no error
+    estimate. Cannot solve SDEs.
 
-    For the same work its energy error is smaller than that of
-    [`diffrax_reversible.BlanesMoan6`][] where both are below about 1e-10. It takes long
-    to compile, as all of its 35 sub-steps are.
+    Each step makes 17 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 4, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    It consists of seventeen Stormer--Verlet steps. For the same work its energy error
+    is smaller than that of [`diffrax_reversible.BlanesMoan6`][] where both are below
+    about 1e-10. It takes long to compile, as all of its 35 sub-steps are.
 
     ??? cite "Reference"
 
@@ -102,7 +110,7 @@ class KahanLi8(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _kicks_8
     drifts: ClassVar[tuple[float, ...]] = _drifts_8
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 8
 
 

@@ -1,46 +1,49 @@
 from collections.abc import Callable
-from typing import Any, ClassVar, final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
 
-from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
-from .._method.controlled import precision, rms
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    PyTree,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
+from .._method import restart
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.interpolation import hermite_or_linear
 
 
-# `(t_prev, y_prev)`, and with `full_sync` whether to do so next, and a `_Memo`.
+# `(t_prev, y_prev)`, and with `full_sync` whether to do so next, and a `restart.Memo`.
 _SolverState: TypeAlias = tuple[Any, ...]
-
-
-class _Memo(NamedTuple):
-    q: PyTree
-    # Steps since the last start.
-    age: Array
 
 
 @final
 class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
-    r"""The leapfrog/midpoint method, with its reverse.
+    r"""The leapfrog/midpoint method, with its reverse. Use it for oscillations, with
+    [`diffrax.ConstantStepSize`][] or [`diffrax.StepTo`][]: it makes one evaluation a
+    step, and has no error estimate.
 
-    The steps are those of [`diffrax.LeapfrogMidpoint`][], of order 2 if they are even:
-
-    $y_{n+1} = y_{n-1} + (t_{n+1} - t_{n-1}) f(t_n, y_n)$
-
-    where the first of them is an Euler step, $t_{-1} = t_0$ and $y_{-1} = y_0$. Has no
-    error estimate.
+    The steps are those of [`diffrax.LeapfrogMidpoint`][], of order 2 if they are even.
+    Not for SDEs.
 
     Each step makes one evaluation of the vector field, and one evaluation with its
     pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The
-    solver state is $(t_{n-1}, y_{n-1})$; the time in it is recorded for every step, as
-    uneven steps cannot be undone without it.
+    solver state is $(t_{n-1}, y_{n-1})$, of the structure, shapes and dtypes of `t0`
+    and `y`, so that with `y` it takes twice the memory of `y`. The time in it is
+    recorded for every step, as uneven steps cannot be undone without it.
 
     Uses 2nd order Hermite interpolation for dense/ts output, from $y_n$, $f(t_n, y_n)$
-    and $y_{n+1}$ (and through $y_{n-1}$ if the steps are even), which needs no further
+    and $y_{n+1}$ (and through $y_{n-1}$ if the steps are even), without further
     evaluations. The error is of order 2 at all times, as with the local linear
     interpolation of [`diffrax.LeapfrogMidpoint`][]; and that of the derivative of order
     1 with either, as whatever passes through each $y_n$ follows the parasitic solution
@@ -48,12 +51,19 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
 
     !!! warning
 
-        The method has a parasitic solution that grows like $e^{-at}$ along a component
-        that behaves like $e^{at}$, and changes its sign from step to step: it is
-        unstable on every component that decays. On `y' = -5 y` over a time of 10, with
-        a thousand steps, the error is 3e+18. The cure is
-        [`diffrax_reversible.UReversible`][], or `LeapfrogMidpoint(full_sync=True)`:
-        that is accurate again, and starts anew in 66 of these steps.
+        Unstable on every component of the solution that decays: the method has a
+        parasitic solution that grows like $e^{-at}$ along a component that behaves like
+        $e^{at}$, and changes its sign from step to step. On `y' = -5 y` over a time of
+        10, with a thousand steps, the error is 3e+18. Use
+        [`diffrax_reversible.UReversible`][] there, or
+        `LeapfrogMidpoint(full_sync=True)`: that is accurate again, and starts anew in
+        66 of these steps.
+
+    **How it works.** A step is
+
+    $y_{n+1} = y_{n-1} + (t_{n+1} - t_{n-1}) f(t_n, y_n)$
+
+    where the first is an Euler step, $t_{-1} = t_0$ and $y_{-1} = y_0$.
 
     ??? cite "Reference"
 
@@ -70,26 +80,26 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         ```
     """
 
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     # What was advanced is `y`, and what was `y` is now the previous value.
     permutation: ClassVar[tuple[int, ...]] = (1, 0)
     full_sync: bool = False
     # "hermite" or "linear". (Checked below, with a message better than a checker's.)
     interpolation: Any = eqx.field(static=True, default="hermite")
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         hermite_or_linear("LeapfrogMidpoint", self.interpolation)
 
     @property
     def interpolation_cls(self) -> Callable[..., diffrax.AbstractLocalInterpolation]:
         return hermite_or_linear("LeapfrogMidpoint", self.interpolation)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -97,13 +107,12 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
     ) -> _SolverState:
         del terms, t1, args
         if self.full_sync:
-            zeros = jtu.tree_map(jnp.zeros_like, y0)
-            return t0, y0, jnp.array(False), _Memo(zeros, jnp.array(0))
+            return t0, y0, jnp.array(False), restart.init(y0)
         return t0, y0
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -143,7 +152,13 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
             return sync
         return False
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         t_prev = fixed
         if self.full_sync:
             t_prev, sync = fixed
@@ -152,13 +167,23 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         own = None if self.interpolation == "linear" else terms.contr(t0, t1)
         return terms.contr(t_prev, t1), own
 
-    def next_fixed(self, fixed, t0, t1):
+    def next_fixed(
+        self, fixed: PyTree, t0: RealScalarLike, t1: RealScalarLike
+    ) -> PyTree:
         if self.full_sync:
             _, sync = fixed
             return t0, sync
         return t0
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if not self.full_sync:
             return fixed, memo
         t_prev, _ = fixed
@@ -166,15 +191,11 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
         _, y1 = registers1
         *_, info = infos
         # How far the step is from one of Euler's: half of `h**2 y''`, and twice the
-        # parasitic solution, of alternating sign.
+        # parasitic solution.
         q = jtu.tree_map(lambda y1, y0, k: y1 - y0 - 0.5 * k, y1, y0, info["k"])
-        smooth = rms(jtu.tree_map(lambda a, b: a + b, q, memo.q))
-        alternating = rms(jtu.tree_map(lambda a, b: a - b, q, memo.q))
-        eps = float(precision(y1).eps)
-        # After a start the two are equal. (And unknown in the first two steps.)
-        sync = ~(alternating <= 4 * smooth + 16 * eps * rms(y1)) & (memo.age >= 2)
-        age = jnp.where(sync, 0, memo.age + 1)
-        return (t_prev, sync), _Memo(q, age)
+        # (After a start the two solutions are equal.)
+        sync, memo = restart.update(memo, q, y1, 2)
+        return (t_prev, sync), memo
 
     def couplings(self) -> tuple[Coupling, ...]:
         if self.full_sync:
@@ -204,7 +225,12 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
             info["slope"] = terms.prod(f, own)
         return k, info
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         _, y0 = registers0
         _, y1 = registers1
         if self.interpolation == "linear":
@@ -218,10 +244,10 @@ class LeapfrogMidpoint(AbstractCouplingSolver[_SolverState]):
 
 LeapfrogMidpoint.__init__.__doc__ = """**Arguments:**
 
-- `full_sync`: If true then the method is started anew, with an Euler step, when the
-    parasitic solution has become four times the second difference of the true one.
-    That keeps it stable. But such a step is no longer that of
-    [`diffrax.LeapfrogMidpoint`][], and takes a slot from
+- `full_sync`: If true then the method starts anew, with an Euler step, when the
+    parasitic solution has become four times the second difference of the true one. That
+    keeps it stable. But such a step is no longer that of
+    [`diffrax.LeapfrogMidpoint`][], and the state at it is stored, as one of
     `ReversibleAdjoint(checkpoints=...)`.
 - `interpolation`: `"hermite"`, or `"linear"` for that of
     [`diffrax.LeapfrogMidpoint`][].

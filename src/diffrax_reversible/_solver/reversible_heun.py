@@ -5,11 +5,21 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    PyTree,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
+from .._method.affine import Coupling, Registers, StepInfo
 from .._method.controlled import precision, rms
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.interpolation import hermite_or_linear
 
 
@@ -23,39 +33,44 @@ class ReversibleHeun(
     diffrax.AbstractAdaptiveSolver[_SolverState],
     diffrax.AbstractStratonovichSolver[_SolverState],
 ):
-    r"""The reversible Heun method, with its reverse.
+    r"""The reversible Heun method, with its reverse. Use it for SDEs, and where a
+    vector field is costly: it makes one evaluation a step.
 
     The steps are those of [`diffrax.ReversibleHeun`][], of order 2 with an embedded
-    error estimate of order 1. With a second register $\hat y$ they are, over a control
-    increment $\Delta x$,
+    error estimate of order 1, so that step sizes can be adaptive. When used to solve
+    SDEs, converges to the Stratonovich solution, with strong order 0.5.
+
+    Each step makes one evaluation of the vector field, as the last one is kept for the
+    next step; and one evaluation with its pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is $(\hat y, f)$, so
+    that with `y` it takes the memory of three `y`. Here $\hat y$ has the structure,
+    shapes and dtypes of `y`, and $f$ those of the vector field. Uses 3rd order Hermite
+    interpolation for dense/ts output, from the slopes at $\hat y$, without further
+    evaluations: the output is of order 2 at all times, and so is its derivative.
+    ([`diffrax.ReversibleHeun`][] has local linear interpolation, with a derivative of
+    order 1.)
+
+    !!! warning
+
+        Unstable on every component of the solution that decays: the difference $y -
+        \hat y$ grows by $e^{-ah}$ in each step along a component that behaves like
+        $e^{at}$. On `y' = -5 y` over a time of 10, with a thousand steps, the error is
+        2e+15. Use [`diffrax_reversible.UReversible`][] there, or
+        `ReversibleHeun(full_sync=True)`: that is accurate again, but starts anew in
+        every third of these steps.
+
+    At a jump of the vector field (see [`diffrax.ClipStepSizeController`][]) the kept
+    evaluation is replaced by one at $y$, which cannot be undone. So the state at such a
+    step is stored, as one of `ReversibleAdjoint(checkpoints=...)`.
+
+    **How it works.** With a second copy $\hat y$ of the solution, a step over a control
+    increment $\Delta x$ is
 
     $y \leftarrow y + \frac{1}{2} f(t_0, \hat y) \Delta x$
 
     $\hat y \leftarrow -\hat y + 2 y$
 
     $y \leftarrow y + \frac{1}{2} f(t_1, \hat y) \Delta x$
-
-    Each step makes one evaluation of the vector field, as the last one is kept for the
-    next step; and one evaluation with its pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is $(\hat y, f)$. Uses
-    3rd order Hermite interpolation for dense/ts output, from the slopes at $\hat y$,
-    which needs no further evaluations: the output is of order 2 at all times, and so is
-    its derivative. ([`diffrax.ReversibleHeun`][] has local linear interpolation, with a
-    derivative of order 1.)
-
-    When used to solve SDEs, converges to the Stratonovich solution.
-
-    At a jump of the vector field (see [`diffrax.ClipStepSizeController`][]) the kept
-    evaluation is replaced by one at $y$, which cannot be undone. Such steps take a slot
-    each from `ReversibleAdjoint(checkpoints=...)`.
-
-    !!! warning
-
-        The difference $y - \hat y$ grows by $e^{-ah}$ in each step along a component
-        that behaves like $e^{at}$, that is on every component that decays. On `y' = -5
-        y` over a time of 10, with a thousand steps, the error is 2e+15. The cure is
-        [`diffrax_reversible.UReversible`][], or `ReversibleHeun(full_sync=True)`: that
-        is accurate again, but starts anew in every third of these steps.
 
     ??? cite "Reference"
 
@@ -69,13 +84,13 @@ class ReversibleHeun(
         ```
     """
 
-    term_structure: ClassVar = diffrax.AbstractTerm
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
     has_evaluate: ClassVar[bool] = True
     full_sync: bool = False
     # "hermite" or "linear". (Checked below, with a message better than a checker's.)
     interpolation: Any = eqx.field(static=True, default="hermite")
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         hermite_or_linear("ReversibleHeun", self.interpolation)
 
     @property
@@ -86,15 +101,15 @@ class ReversibleHeun(
     def resets(self) -> bool:
         return self.full_sync
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -106,7 +121,7 @@ class ReversibleHeun(
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -127,12 +142,22 @@ class ReversibleHeun(
             return sync
         return ()
 
-    def reset(self, registers, made_jump):
+    def reset(
+        self, registers: Registers, made_jump: BoolScalarLike
+    ) -> tuple[Registers, BoolScalarLike]:
         (y, yhat), f, sync, memo = registers
         yhat = jtu.tree_map(lambda a, b: jnp.where(sync, a, b), y, yhat)
         return Registers((y, yhat), f, sync, memo), made_jump | sync
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if self.full_sync:
             y1, yhat1 = registers1
             difference = rms(jtu.tree_map(lambda a, b: a - b, y1, yhat1))
@@ -148,11 +173,23 @@ class ReversibleHeun(
             Coupling(0, self._kick),
         )
 
-    def evaluate(self, terms, t, registers, args):
+    def evaluate(
+        self,
+        terms: Terms,
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
         _, yhat = registers
         return terms.vf(t, yhat, args)
 
-    def evaluate_after_jump(self, terms, t, registers, args):
+    def evaluate_after_jump(
+        self,
+        terms: Terms,
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
         # As diffrax does: the one place in which the register that is kicked is read.
         y, _ = registers
         return terms.vf(t, y, args)
@@ -178,7 +215,12 @@ class ReversibleHeun(
         y, _ = registers
         return jtu.tree_map(lambda x: 2 * x, y), {}
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         y0, yhat0 = registers0
         y1, yhat1 = registers1
         first, _, last = infos
@@ -194,12 +236,12 @@ class ReversibleHeun(
 
 ReversibleHeun.__init__.__doc__ = """**Arguments:**
 
-- `full_sync`: If true then a step in which the distance of `y` and `yhat` has grown
-    beyond the error estimate of the step before starts from `yhat = y`, with one more
-    evaluation of the vector field. That keeps the method stable. But such a step is no
-    longer that of [`diffrax.ReversibleHeun`][], and it takes a slot from
-    `ReversibleAdjoint(checkpoints=...)`; and the backward pass makes two evaluations
-    more a step.
+- `full_sync`: If true then a step starts from $\\hat y = y$, with one more evaluation
+    of the vector field, if the distance of the two has grown beyond the error estimate
+    of the step before. That keeps the method stable. But such a step is no longer that
+    of [`diffrax.ReversibleHeun`][], the state at it is stored, as one of
+    `ReversibleAdjoint(checkpoints=...)`, and the backward pass makes two evaluations
+    more for each step.
 - `interpolation`: `"hermite"`, or `"linear"` for that of [`diffrax.ReversibleHeun`][].
 
 **Raises:**

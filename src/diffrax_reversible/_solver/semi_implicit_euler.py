@@ -2,10 +2,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, final, TypeAlias
 
 import diffrax
-from jaxtyping import PyTree
 
-from .._compat import Args, RealScalarLike, VF
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._compat import Args, DenseInfo, PyTree, RealScalarLike, Term, Terms, VF, Y
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 
 
 _SolverState: TypeAlias = None
@@ -13,24 +13,28 @@ _SolverState: TypeAlias = None
 
 @final
 class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
-    r"""The semi-implicit (symplectic) Euler method, with its reverse.
+    r"""The semi-implicit (symplectic) Euler method, with its reverse. Use it where
+    [`diffrax.SemiImplicitEuler`][] would be used;
+    [`diffrax_reversible.StormerVerlet`][] costs the same and is of order 2.
 
-    The steps are those of [`diffrax.SemiImplicitEuler`][], of order 1: for
-    `terms=(term_1, term_2)` and `y=(p, q)`, over control increments $\Delta x$,
+    The steps are those of [`diffrax.SemiImplicitEuler`][], of order 1, for
+    `terms=(term_1, term_2)` and `y=(p, q)`. Has no error estimate, and is not
+    for SDEs.
+
+    Each step makes one evaluation of each vector field, and one evaluation of each with
+    its pullback on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][].
+    There is no solver state.
+
+    Uses 1st order local linear interpolation for dense/ts output. That loses nothing:
+    its error is of second order in the step size, next to one of first order in the
+    solution. (No better one can be made from the two evaluations of a step: the slopes
+    that these give, of $p$ at its start and of $q$ at its end, are those of the line.)
+
+    **How it works.** Over control increments $\Delta x_1$ and $\Delta x_2$ a step is
 
     $p \leftarrow p + f_1(t_0, q) \Delta x_1$
 
     $q \leftarrow q + f_2(t_0, p) \Delta x_2$
-
-    Has no error estimate, and no solver state. Each step makes one evaluation of each
-    vector field, and one evaluation of each with its pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][].
-
-    Uses 1st order local linear interpolation for dense/ts output. That loses nothing:
-    its error is of second order in the step size, next to one of first order in the
-    solution. And there is none better to be had from the two evaluations of a step, as
-    the slopes that these give, of $p$ at its start and of $q$ at its end, are those of
-    the line.
 
     ??? cite "Reference"
 
@@ -46,17 +50,17 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
         ```
     """
 
-    term_structure: ClassVar = (diffrax.AbstractTerm, diffrax.AbstractTerm)
+    term_structure: ClassVar[Any] = (diffrax.AbstractTerm, diffrax.AbstractTerm)
     interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
         diffrax.LocalLinearInterpolation
     )
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 1
 
     def init(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: tuple[PyTree, PyTree],
@@ -66,7 +70,7 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
 
     def func(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         y0: tuple[PyTree, PyTree],
         args: Args,
@@ -81,7 +85,13 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
     def merge(self, registers: Registers) -> tuple[PyTree, Any]:
         return registers.registers, None
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         term_1, term_2 = terms
         return term_1.contr(t0, t1), term_2.contr(t0, t1)
 
@@ -100,7 +110,12 @@ class SemiImplicitEuler(AbstractCouplingSolver[_SolverState]):
         _, control = step.control
         return term.vf_prod(step.t0, p, step.args, control), {}
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         return None, dict(y0=registers0, y1=registers1)
 
 

@@ -8,18 +8,23 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
 
 from .._compat import (
     Args,
     BoolScalarLike,
+    DenseInfo,
     is_sde,
+    PyTree,
     RealScalarLike,
+    Term,
+    Terms,
     VF,
     WrapTerm,
+    Y,
 )
+from .._method.affine import Coupling, Registers, StepInfo
 from .._method.continuous_extension import corrections
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 
 
 # The evaluation that two neighbouring steps share.
@@ -75,19 +80,8 @@ class SplittingInterpolation(diffrax.AbstractLocalInterpolation):
 
 
 class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
-    r"""Abstract base class for palindromic splittings: symmetric methods for
-    `terms=(term_1, term_2)` and `y=(p, q)`, in which `term_1` gives the change of `p`
-    from `q`, and `term_2` that of `q` from `p`. For Hamiltonian systems they are
-    symplectic.
-
-    The arrangement is that of [`diffrax.SemiImplicitEuler`][]. A step consists of
-    *kicks* and *drifts* by turns,
-
-    $p \leftarrow p + b_j h f_1(t_q, q), \quad q \leftarrow q + a_i h f_2(t_p, p)$
-
-    where $t_q$ and $t_p$ are the times at which $q$ and $p$ are. (Each moves on with
-    the sub-steps of its own variable, so that the order holds for vector fields that
-    depend on time.) A subclass has nothing but the fractions and the order:
+    r"""Abstract base class for palindromic splittings. Subclass it to write a symmetric
+    method, for Hamiltonian systems a symplectic one, with nothing but its coefficients.
 
     !!! example
 
@@ -104,33 +98,55 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
                 return 2
         ```
 
-    If there is one kick more than there are drifts then a step begins and ends with a
-    kick, and if there is one drift more then with a drift. The sub-steps at both ends
-    share their evaluation with the neighbouring steps, so that a step makes as many
-    evaluations of each vector field as there are of the rarer sub-steps; and as many
-    evaluations with their pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The shared evaluation is the solver
-    state. There is no error estimate.
+    For `terms=(term_1, term_2)` and `y=(p, q)`, arranged as for
+    [`diffrax.SemiImplicitEuler`][]: `term_1` gives the change of `p` from `q`, and
+    `term_2` that of `q` from `p`. Has no error estimate.
 
-    Dense output needs no further evaluations. It is a polynomial through the values at
-    both ends, with corrections from the increments of the sub-steps, of as high an
+    **Attributes:**
+
+    - `kicks`: The fractions of the step by which `p` moves in the sub-steps that update
+        it, in order: a tuple of floats that add up to 1. It reads the same backwards,
+        and has no zeros.
+    - `drifts`: The same for `q`. If there is one kick more than there are drifts then a
+        step begins and ends with a kick, and if there is one drift more then with a
+        drift.
+
+    **Raises:**
+
+    - `ValueError`, when an instance is made, if `kicks` or `drifts` are not like that;
+        and, when a solve starts, for an SDE if one of them is negative.
+
+    **Cost:** The sub-steps at both ends share their evaluation with the neighbouring
+    steps, so that a step makes as many evaluations of each vector field as there are of
+    the rarer sub-steps; and as many with their pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. The shared evaluation is the solver
+    state.
+
+    **Dense output** needs no further evaluations. It is a polynomial through the values
+    at both ends, with corrections from the increments of the sub-steps, of as high an
     order up to 4 as they allow: the docstring of each method says of which. A
     Stormer--Verlet step has a single increment of one of the variables, and that is
     interpolated linearly.
 
-    Which of the two begins is a matter of naming: with `terms=(term_2, term_1)` and
-    `y=(q, p)` a method with a kick at both ends becomes one with a drift at both ends.
-    Of the methods here neither form is the better one on all problems.
+    **How it works.** A step consists of *kicks* and *drifts* by turns,
 
-    The control of a sub-step is the increment of the control of its term over the
-    times between which its own variable moves; so the order holds for a
+    $p \leftarrow p + b_j h f_1(t_q, q), \quad q \leftarrow q + a_i h f_2(t_p, p)$
+
+    where $t_q$ and $t_p$ are the times at which $q$ and $p$ are. (Each moves on with
+    the sub-steps of its own variable, so that the order holds for vector fields that
+    depend on time.) Which of the two begins is a matter of naming: with `terms=(term_2,
+    term_1)` and `y=(q, p)` a method with a kick at both ends becomes one with a drift
+    at both ends. Of the methods here neither form is the better one on all problems.
+
+    The control of a sub-step is the increment of the control of its term over the times
+    between which its own variable moves. So the order holds for a
     [`diffrax.ControlTerm`][] with a smooth control too, but the order of the dense
     output does not. In methods of order 3 or more some sub-steps go backwards, and the
     vector fields and controls may be evaluated a little outside of the step. Such
     methods cannot be used for SDEs.
     """
 
-    term_structure: ClassVar = (diffrax.AbstractTerm, diffrax.AbstractTerm)
+    term_structure: ClassVar[Any] = (diffrax.AbstractTerm, diffrax.AbstractTerm)
     interpolation_cls: ClassVar[Callable[..., SplittingInterpolation]] = (
         SplittingInterpolation
     )
@@ -139,31 +155,31 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
     kicks: eqx.AbstractClassVar[tuple[float, ...]]
     drifts: eqx.AbstractClassVar[tuple[float, ...]]
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         name = type(self).__name__
         kicks, drifts = self.kicks, self.drifts
         if abs(len(kicks) - len(drifts)) != 1 or 0 in (len(kicks), len(drifts)):
             raise ValueError(
-                f"`{name}.kicks` and `{name}.drifts` must take turns, beginning and "
-                "ending with the same one: there must be one more of either. Got "
-                f"{len(kicks)} and {len(drifts)} of them."
+                f"`{name}.kicks` and `{name}.drifts` must differ in length by one, as "
+                "they take turns and the first sub-step is of the kind of the last; "
+                f"got {len(kicks)} kicks and {len(drifts)} drifts."
             )
         for attribute, fractions in (("kicks", kicks), ("drifts", drifts)):
             if abs(math.fsum(fractions) - 1) > 1e-12:
                 raise ValueError(
-                    f"`{name}.{attribute}` must add up to 1, for they are fractions of "
-                    f"a step; got {math.fsum(fractions)!r}. Divide them by that."
+                    f"`{name}.{attribute}` must add up to 1, as they are fractions of "
+                    f"a step; they add up to {math.fsum(fractions)!r}."
                 )
             if any(abs(a - b) > 1e-12 for a, b in zip(fractions, fractions[::-1])):
                 raise ValueError(
-                    f"`{name}.{attribute}` must be a palindrome; got {fractions}. A "
-                    "method that is not symmetric can be written as an "
+                    f"`{name}.{attribute}` must be a palindrome; got {fractions}. "
+                    "Write a method that is not symmetric as an "
                     "`AbstractCouplingSolver`."
                 )
             if 0 in fractions:
                 raise ValueError(
                     f"`{name}.{attribute}` must not have zeros in it; got {fractions}. "
-                    "Leave such a sub-step out, and join its neighbours."
+                    "Leave sub-steps of no length out, and join their neighbours."
                 )
 
     @property
@@ -177,7 +193,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
 
     def init(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: tuple[PyTree, PyTree],
@@ -193,7 +209,7 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
 
     def func(
         self,
-        terms: tuple[diffrax.AbstractTerm, diffrax.AbstractTerm],
+        terms: tuple[Term, Term],
         t0: RealScalarLike,
         y0: tuple[PyTree, PyTree],
         args: Args,
@@ -220,14 +236,26 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
         del solver_state, new_solver_state
         return made_jump
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         term_1, term_2 = terms
         return (
             _sub_controls(term_1, t0, t1, self.kicks),
             _sub_controls(term_2, t0, t1, self.drifts),
         )
 
-    def evaluate(self, terms, t, registers, args):
+    def evaluate(
+        self,
+        terms: Terms,
+        t: RealScalarLike,
+        registers: tuple[PyTree, ...],
+        args: Args,
+    ) -> PyTree:
         i = self._begins
         return terms[i].vf(t, registers[1 - i], args)
 
@@ -254,7 +282,12 @@ class AbstractSplitting(AbstractCouplingSolver[_SolverState]):
             increment = term.prod(step.value, control)
         return increment, dict(increment=increment)
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         increments = [info["increment"] for info in infos]
         of_variable = [increments[1::2], increments[1::2]]
         of_variable[self._begins] = increments[::2]
@@ -280,7 +313,7 @@ def _after(t0, t1, fractions, made):
     return t0 + math.fsum(fractions[:made]) * (t1 - t0)
 
 
-def _is_time(term: diffrax.AbstractTerm) -> bool:
+def _is_time(term: Term) -> bool:
     """Whether the control is the time that has passed."""
     if isinstance(term, WrapTerm):
         return _is_time(term.term)

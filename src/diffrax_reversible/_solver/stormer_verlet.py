@@ -1,19 +1,29 @@
 from typing import final, Literal
 
 import diffrax
-from jaxtyping import PyTree
 
-from .._compat import RealScalarLike
+from .._compat import PyTree, RealScalarLike, Terms
 from .splitting import AbstractSplitting
 
 
 @final
 class StormerVerlet(AbstractSplitting, diffrax.AbstractStratonovichSolver[PyTree]):
-    r"""The Stormer--Verlet or leapfrog method, of order 2 and symplectic, with its
-    reverse.
+    r"""The Stormer--Verlet or leapfrog method: of order 2 and symplectic, with its
+    reverse. Use it for N-body problems and molecular dynamics.
 
     For `terms=(term_1, term_2)` and `y=(p, q)`, arranged as for
-    [`diffrax.SemiImplicitEuler`][]. In the velocity form (kick, drift, kick) a step is
+    [`diffrax.SemiImplicitEuler`][]. Has no error estimate. When used to solve SDEs,
+    converges to the Stratonovich solution, with strong order 0.5.
+
+    Each step makes one evaluation of each vector field, as the last one is kept for the
+    next step; and one evaluation of each with its pullback on the backward pass of
+    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is that evaluation, of
+    the shape of `p` or of `q`. For an SDE a step queries the Brownian motion twice.
+    Dense output is quadratic in the variable that moves at both ends, and 1st order
+    linear in the other, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    **How it works.** In the velocity form (kick, drift, kick) a step is
 
     $p \leftarrow p + \frac{h}{2} f_1(t_0, q)$
 
@@ -22,16 +32,6 @@ class StormerVerlet(AbstractSplitting, diffrax.AbstractStratonovichSolver[PyTree
     $p \leftarrow p + \frac{h}{2} f_1(t_1, q)$
 
     and in the position form (drift, kick, drift) the two change places.
-
-    Each step makes one evaluation of each vector field, as the last one is kept for the
-    next step; and one evaluation of each with its pullback on the backward pass of
-    [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is that evaluation. Has
-    no error estimate. Dense output is quadratic in the variable that moves at both
-    ends, and 1st order linear in the other. For more see
-    [`diffrax_reversible.AbstractSplitting`][].
-
-    When used to solve SDEs, converges to the Stratonovich solution; a step queries the
-    Brownian motion twice.
 
     ??? cite "Reference"
 
@@ -66,10 +66,10 @@ class StormerVerlet(AbstractSplitting, diffrax.AbstractStratonovichSolver[PyTree
     def drifts(self) -> tuple[float, ...]:
         return (1.0,) if self.form == "velocity" else (0.5, 0.5)
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 2
 
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike:
+    def strong_order(self, terms: Terms) -> RealScalarLike:
         return 0.5
 
 

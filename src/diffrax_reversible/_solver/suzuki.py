@@ -1,8 +1,6 @@
 from typing import ClassVar, final
 
-import diffrax
-from jaxtyping import PyTree
-
+from .._compat import Terms
 from .splitting import AbstractSplitting, composition, palindrome
 
 
@@ -12,16 +10,21 @@ _kicks, _drifts = composition(palindrome((_weight, _weight), 1 - 4 * _weight))
 
 @final
 class Suzuki4(AbstractSplitting):
-    r"""Suzuki's method of order 4: symplectic, with its reverse.
+    """Suzuki's symplectic method of order 4, with its reverse. Use it where a vector
+    field must not be evaluated at times outside of the step.
 
-    Five Stormer--Verlet steps, the third of them backwards, for `terms=(term_1,
-    term_2)` and `y=(p, q)`, arranged as for [`diffrax.SemiImplicitEuler`][]. Each step
-    makes 5 evaluations of each vector field, and as many with their pullback on the
-    backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state is the
-    evaluation that neighbouring steps share. Has no error estimate. Dense output is of
-    order 3. For more see [`diffrax_reversible.AbstractSplitting`][].
+    A splitting with 6 kicks and 5 drifts for `terms=(term_1, term_2)` and `y=(p, q)`,
+    arranged as for [`diffrax.SemiImplicitEuler`][], and of order 4. Has no error
+    estimate. Cannot solve SDEs.
 
-    No sub-step goes out of the step.
+    Each step makes 5 evaluations of each vector field, and as many with their pullback
+    on the backward pass of [`diffrax_reversible.ReversibleAdjoint`][]. The solver state
+    is one evaluation, which neighbouring steps share, of the shape of `p` or of `q`.
+    Dense output is of order 3, without further evaluations. See
+    [`diffrax_reversible.AbstractSplitting`][] for more.
+
+    It consists of five Stormer--Verlet steps, the third of them backwards. No sub-step
+    goes out of the step.
 
     ??? cite "Reference"
 
@@ -42,7 +45,7 @@ class Suzuki4(AbstractSplitting):
     kicks: ClassVar[tuple[float, ...]] = _kicks
     drifts: ClassVar[tuple[float, ...]] = _drifts
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         return 4
 
 

@@ -7,16 +7,27 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, is_sde, RealScalarLike, VF, Y
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    is_sde,
+    PyTree,
+    RealScalarLike,
+    Term,
+    Terms,
+    VF,
+    Y,
+)
 from .._method import controlled as controlled
-from .._method.base import AbstractReversibleSolver
-from .._method.coupling import AbstractCouplingSolver, Coupling, Registers, StepInfo
+from .._method.affine import Coupling, Registers, StepInfo
+from .._method.coupling import AbstractCouplingSolver
 from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
 from .._method.interpolation import has_own_interpolation
 from .._method.srk import srk_control, srk_increment
 from .._method.tree import stop_gradient
+from .bases import check_base, spelling
 
 
 _SolverState: TypeAlias = PyTree
@@ -26,11 +37,62 @@ _SolverState: TypeAlias = PyTree
 class UReversible(
     AbstractCouplingSolver[_SolverState], diffrax.AbstractWrappedSolver[_SolverState]
 ):
-    r"""Makes an explicit Runge--Kutta solver, for ODEs or for SDEs, algebraically
+    r"""Makes an explicit Runge--Kutta solver, for ODEs or SDEs, algebraically
     reversible.
 
-    Let $\Psi_h(t, y)$ be the increment of the wrapped solver over a step of size $h$.
-    Alongside $y$ a second copy $z$ of the solution is kept, $z_0 = y_0$, and a step is
+    The solver to try first, with [`diffrax_reversible.ReversibleAdjoint`][]:
+    `UReversible(diffrax.Tsit5())` for ODEs, `UReversible(diffrax.Heun())` for
+    Stratonovich SDEs.
+
+    Has the order and the stability of the wrapped solver, and its embedded error
+    estimate, so that step sizes can be adaptive. Each step makes `2s` evaluations of
+    the vector field, where `s` is the number of stages of the wrapped solver (6 for
+    [`diffrax.Tsit5`][]: a last stage that only its error estimate needs does not count,
+    as it is shared with the other half of the step). Each step of the backward pass
+    makes `2s` evaluations too, `s` of them with a pullback (and one more for output at
+    times between steps); or all of them, if `coupling_parameter` is a number.
+
+    A second copy `z` of the solution is carried along, so that `y` and the solver state
+    take twice the memory of `y`. The solver state is `(y - z, code, account)`. Here `y
+    - z` has the structure, shapes and dtypes of `y`. `code` is the coupling $m$ below,
+    as a `uint8`, and is the one byte that is recorded for every step. `account` is
+    of two `float32` numbers (three for an SDE), from which the next coupling is chosen. If `coupling_parameter` is a number then the solver state is `z`.
+
+    Uses the interpolation of the wrapped solver for dense/ts output, without further
+    evaluations: of order 5 for `Tsit5` and `Dopri5`, 6 for `Dopri8`; and one less for
+    the derivative. Where the wrapped solver has linear interpolation, or the cubic of
+    diffrax's lower order solvers, 3rd order Hermite interpolation with the slopes at
+    both ends takes its place. (For `Midpoint` and `Ralston` that gives a derivative of
+    order 2, in place of 1.)
+
+    When used to solve SDEs, converges to the Stratonovich solution, and needs a wrapped
+    solver that does. That may be a stochastic Runge--Kutta solver, such as
+    [`diffrax.ShARK`][] for additive, [`diffrax.SlowRK`][] for commutative and
+    [`diffrax.SPaRK`][] for general noise. The strong order is that of the wrapped
+    solver for this kind of noise. Here `s` counts the drifts and diffusions in its
+    stages (of additive noise, one diffusion at either end of the step). The Brownian
+    motion needs the Levy area that the wrapped solver does, and is queried once a step,
+    and once more on the backward pass. Dense output is linear. In solves from a later
+    to an earlier time the steps differ from those of diffrax's own solvers (0.7.2),
+    which take the drift with the wrong sign there.
+
+    !!! warning
+
+        On a dissipative problem steps are damped to stay stable. A damped step discards
+        information, so rounding errors grow in the backward pass. The solver estimates
+        by how much, and has a state stored before that is too much: at none or few
+        steps on a conservative problem, at very many on a strongly dissipative one. See
+        `sol.stats["num_checkpoints"]` and [`diffrax_reversible.diagnose`][].
+
+    !!! warning
+
+        With a number as the coupling, $y - z$ is multiplied by about $\lambda e^{-ah}$
+        in each step along a component of the solution that behaves like $e^{at}$. So on
+        every component that decays it **grows**, and in time spoils the solution; or,
+        with adaptive steps, it makes the steps so small that `max_steps` is reached.
+
+    **How it works.** Let $\Psi_h(t, y)$ be the increment of the wrapped solver over a
+    step of size $h$. With $z_0 = y_0$, a step is
 
     $z' = m z_n + (1 - m) y_n$
 
@@ -39,68 +101,20 @@ class UReversible(
     $z_{n+1} = z' - \Psi_{-h}(t_{n+1}, y_{n+1})$
 
     It is undone by solving these for $z'$, $y_n$ and $z_n$, in this order. The coupling
-    $m = m_n$ is chosen anew for each step: 1 as long as $y - z$ is small, and otherwise
-    what makes it small again, so that $y$ is as good a solution as the wrapped
-    solver's, on dissipative problems too. With $m < 1$ some information on $z$ is
-    forgotten, and rounding errors grow on the way back. The solver keeps an account of
-    this, and before it is too much asks for a checkpoint, of which
-    [`diffrax_reversible.ReversibleAdjoint`][] stores a fixed number. On a conservative
-    problem there are few or none, and on a strongly dissipative one very many; see
-    `sol.stats["num_checkpoints"]` and [`diffrax_reversible.diagnose`][]. What is known
-    of order, stability and information is derived in the module
-    `diffrax_reversible._method.controlled`.
+    $m = m_n$ is chosen anew for each step, from $y$, $z$ and the error estimate: 1 as
+    long as $y - z$ is small, and otherwise what makes it small again. So the solution
+    does not depend on the adjoint, nor on rejected steps. When a step is differentiated
+    $m$ is a constant, and so is $y_n - z_n$: the derivative is that of a step of the
+    wrapped solver from $z'$. (It is the same for all adjoints, but not for finite
+    differences of a coarse solve.) Order, stability and the growth of rounding errors
+    are derived in the module `diffrax_reversible._method.controlled`, and the strong
+    order in `diffrax_reversible._method.srk`.
 
-    The choice is a part of the step, and made from `y`, `z` and the error estimate:
-    the solution does not depend on the adjoint, nor on rejected steps. For the purpose
-    of differentiation it is a constant, and so is $y_n - z_n$: the derivative of a step
-    is that of a step of the wrapped solver from $z'$. (It is the same for all adjoints,
-    but not for finite differences of a coarse solve.)
-
-    If `coupling_parameter` is a number $\lambda$ then a step is that of the reference
-    instead,
+    If `coupling_parameter` is a number $\lambda$ then a step is that of the reference,
 
     $y_{n+1} = \lambda y_n + (1 - \lambda) z_n + \Psi_h(t_n, z_n)$
 
     $z_{n+1} = z_n - \Psi_{-h}(t_{n+1}, y_{n+1})$
-
-    The method has the order of the wrapped solver, and its embedded error estimate, so
-    that it is adaptive. Each step makes `2s` evaluations of the vector field, where `s`
-    is the number of stages of the wrapped solver (not counting a last stage that only
-    its error estimate needs, for that is the first stage of the second increment); and
-    with [`diffrax_reversible.ReversibleAdjoint`][] it makes `2s` evaluations on the
-    backward pass, of which `s` with a pullback (one more for output at times between
-    steps); or all of them, if the coupling is a number. The solver state is `(y - z,
-    code, account)`, or `z` if the coupling is a number. Here `y - z` and `z` are of the
-    structure, shapes and dtypes of `y`, `code` is the coupling as a `uint8` (recorded,
-    so that it takes a byte a step), and `account` holds two `float32` numbers (three
-    for an SDE).
-
-    Uses the interpolation of the wrapped solver for dense/ts output, on the stages of
-    the first increment. So its error is of the same order at all times: 5 for `Tsit5`
-    and `Dopri5`, 6 for `Dopri8`; and one less for the derivative. If the wrapped solver
-    has but a line, or the cubic of diffrax's lower order solvers, then it is replaced
-    by 3rd order Hermite interpolation with the slopes at the two ends. (For `Midpoint`
-    and `Ralston` that gives a derivative of order 2, in place of 1.) Neither needs
-    further evaluations.
-
-    When used to solve SDEs, converges to the Stratonovich solution, and needs a wrapped
-    solver that does. That may be a stochastic Runge--Kutta solver, such as
-    [`diffrax.ShARK`][] for additive, [`diffrax.SlowRK`][] for commutative and
-    [`diffrax.SPaRK`][] for general noise. The strong order is that of the wrapped
-    solver for the kind of noise at hand (see `diffrax_reversible._method.srk`), `s`
-    counts the drifts and diffusions in its stages (of additive noise, one diffusion at
-    either end of the step), the Brownian motion needs the Levy area that the wrapped
-    solver does, and is queried once a step and once more on the way back, and the
-    interpolation is that of the wrapped solver, a line. In solves from a later to an
-    earlier time they differ from diffrax's own (0.7.2), which take the drift with the
-    wrong sign there.
-
-    !!! warning
-
-        With a number as the coupling, $y - z$ is multiplied by about $\lambda e^{-ah}$
-        in each step along a component of the solution that behaves like $e^{at}$. So on
-        every component that decays it **grows**, and in time spoils the solution; or,
-        with adaptive steps, it makes the steps so small that `max_steps` is reached.
 
     ??? cite "Reference"
 
@@ -119,10 +133,10 @@ class UReversible(
 
     def __init__(
         self,
-        solver: diffrax.AbstractSolver,
+        solver: diffrax.AbstractSolver[Any],
         coupling_parameter: float | int | Literal["auto"] = "auto",
     ):
-        _check_base(solver)
+        check_base(solver)
         self.solver = solver  # pyright: ignore[reportAttributeAccessIssue]
         self.coupling_parameter = _check_coupling_parameter(coupling_parameter)
 
@@ -135,7 +149,7 @@ class UReversible(
         return self.solver.tableau
 
     @property
-    def term_structure(self):
+    def term_structure(self) -> Any:
         return self.solver.term_structure
 
     @property
@@ -145,24 +159,22 @@ class UReversible(
         return diffrax.ThirdOrderHermitePolynomialInterpolation
 
     @property
-    def term_compatible_contr_kwargs(self):
+    def term_compatible_contr_kwargs(self) -> Any:
         return self.solver.term_compatible_contr_kwargs
 
     # diffrax's other adjoints set this field on whatever says that it is a Runge--Kutta
     # solver, as a wrapper around one does.
     @property
-    def scan_kind(self):
+    def scan_kind(self) -> Any:
         return self.solver.scan_kind
 
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
+    def order(self, terms: Terms) -> int | None:
         return self.solver.order(terms)
 
-    def strong_order(
-        self, terms: PyTree[diffrax.AbstractTerm]
-    ) -> RealScalarLike | None:
+    def strong_order(self, terms: Terms) -> RealScalarLike | None:
         return self.solver.strong_order(terms)
 
-    def error_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike | None:
+    def error_order(self, terms: Terms) -> RealScalarLike | None:
         return self.solver.error_order(terms)
 
     @property
@@ -180,7 +192,7 @@ class UReversible(
 
     def init(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -189,10 +201,12 @@ class UReversible(
         is_stratonovich = isinstance(self.solver, diffrax.AbstractStratonovichSolver)
         noisy = is_sde(terms) or self._is_srk
         if noisy and not is_stratonovich:
+            name = spelling(self.solver)
             raise ValueError(
-                f"`UReversible({type(self.solver).__name__}())` cannot solve an SDE, "
-                f"as `{type(self.solver).__name__}` is not marked as converging to the "
-                "Stratonovich solution. Use for example `UReversible(diffrax.Heun())`."
+                f"`UReversible({name}())` cannot solve an SDE, as `{name}` is not "
+                "marked as converging to the Stratonovich solution. Use "
+                "`UReversible(diffrax.Heun())`, or for strong order 1.5 with additive "
+                "noise `UReversible(diffrax.ShARK())`."
             )
         if self._is_srk:
             # Checks the diffusion; as does this, which is what it lacks.
@@ -205,7 +219,7 @@ class UReversible(
 
     def func(
         self,
-        terms: diffrax.AbstractTerm,
+        terms: Term,
         t0: RealScalarLike,
         y0: Y,
         args: Args,
@@ -289,7 +303,13 @@ class UReversible(
         shift, info = self._return(step, y1)
         return jtu.tree_map(lambda p: -p, shift), info
 
-    def control(self, terms, t0, t1, fixed):
+    def control(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        fixed: PyTree,
+    ) -> PyTree:
         if self._is_srk:
             return srk_control(self._tableau, terms, t0, t1)
         return terms.contr(t0, t1)
@@ -322,7 +342,12 @@ class UReversible(
         psi = self._increment(step, y, -1, first)
         return psi.increment, dict(k=psi.k[0])
 
-    def finish(self, registers0, registers1, infos):
+    def finish(
+        self,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[Y | None, DenseInfo]:
         y0, other0 = registers0
         y1, _ = registers1
         *_, info0, info1 = infos
@@ -346,7 +371,15 @@ class UReversible(
             k = jtu.tree_map(lambda k, y, z: k + weight * (z - y)[None], k, y0, other0)
         return y_error, dict(y0=y0, y1=y1, k=k)
 
-    def steer(self, fixed, memo, registers0, registers1, y_error, infos):
+    def steer(
+        self,
+        fixed: PyTree,
+        memo: PyTree,
+        registers0: tuple[PyTree, ...],
+        registers1: tuple[PyTree, ...],
+        y_error: Y | None,
+        infos: tuple[dict[str, PyTree], ...],
+    ) -> tuple[PyTree, PyTree]:
         if not self._controlled:
             return fixed, memo
         y0, _ = registers0
@@ -370,26 +403,25 @@ class UReversible(
 
 UReversible.__init__.__doc__ = """**Arguments:**
 
-- `solver`: The solver to wrap; any [`diffrax.AbstractERK`][] or
-    [`diffrax.AbstractSRK`][]. The stages of the former are unrolled, or made by a loop,
-    whichever is expected to run faster: unrolled if `y` has at most 32 elements, or the
-    vector field has a matrix product, a convolution or a loop in it, and if that makes
-    no more than 1000 operations in all stages. If its
-    `scan_kind` is given, as in `Tsit5(scan_kind="lax")`, then they are made by a loop
-    (of one kind, whichever it is), so that the vector field is compiled 3 times in a
-    step and not `2s` times. That is for vector fields that take long to compile.
+- `solver`: The solver to wrap; an instance of any [`diffrax.AbstractERK`][] or
+    [`diffrax.AbstractSRK`][] that is given by its tableau. The stages of an ODE solver
+    are unrolled, or made by a loop, whichever is expected to run faster: unrolled if
+    `y` has at most 32 elements, or the vector field has a matrix product, a convolution
+    or a loop in it, and if that makes no more than 1000 operations in all stages.
+    `Tsit5(scan_kind="lax")` always makes them by a loop (of one kind, whichever is
+    given), so that the vector field is compiled 3 times in a step and not `2s` times.
+    Use that for vector fields that take long to compile.
 - `coupling_parameter`: `"auto"`, for a coupling that is chosen in each step; or the
     number `lambda` of the reference, with `0 < coupling_parameter <= 1`. The smaller
-    that is the better are `y` and `z` kept together, and the faster do rounding errors
-    grow on the backward pass: by `1 / coupling_parameter` in each step.
+    the number, the better are `y` and `z` kept together, and the faster do rounding
+    errors grow on the backward pass: by `1 / coupling_parameter` in each step.
 
 **Raises:**
 
-- `ValueError` if `solver` is not an explicit Runge--Kutta solver, for ODEs or for
-    SDEs, that is given by its tableau, if its `interpolation_cls` is not called like
-    those of diffrax, if `coupling_parameter` is out of its range, and, on the first
-    step, for an SDE with a wrapped solver that is not a
-    [`diffrax.AbstractStratonovichSolver`][].
+- `ValueError` if `solver` is not an explicit Runge--Kutta solver, for ODEs or for SDEs,
+    that is given by its tableau; if its `interpolation_cls` is not called like those of
+    diffrax; if `coupling_parameter` is out of its range; and, when a solve starts, for
+    an SDE with a wrapped solver that is not a [`diffrax.AbstractStratonovichSolver`][].
 """
 
 
@@ -409,56 +441,6 @@ def _check_coupling_parameter(value) -> float | Literal["auto"]:
             f'1, or "auto"; got {value}.'
         )
     return as_float
-
-
-def _check_base(solver: diffrax.AbstractSolver) -> None:
-    # Not `isinstance`, which looks through wrappers such as `HalfSolver`.
-    if issubclass(type(solver), AbstractReversibleSolver):
-        raise ValueError(
-            f"`UReversible({type(solver).__name__}(...))`: the wrapped solver "
-            "is reversible already, and can be used as it is."
-        )
-    if isinstance(solver, type):
-        name, got = solver.__name__, f"the class `{solver.__name__}` itself"
-    else:
-        name = type(solver).__name__
-        got = f"`{name}`"
-    host = diffrax.AbstractSRK if _is_srk(solver) else diffrax.AbstractERK
-    if not issubclass(type(solver), host):
-        message = (
-            "`UReversible(solver)` needs an instance of an explicit Runge--Kutta "
-            "solver, that is a subclass of `diffrax.AbstractERK`, such as "
-            "`diffrax.Tsit5()`, or for SDEs of `diffrax.AbstractSRK`, such as "
-            f"`diffrax.SPaRK()`; got {got}. Any other solver can be used as it is, "
-            "with `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-        )
-        if isinstance(solver, diffrax.AbstractItoSolver):
-            message += (
-                " (That converges to the Ito solution of an SDE, and reversible "
-                "solvers to the Stratonovich solution: change the drift accordingly.)"
-            )
-        raise ValueError(message)
-    if not isinstance(
-        cast(Any, solver).tableau,
-        (diffrax.ButcherTableau, diffrax.StochasticButcherTableau),
-    ):
-        raise ValueError(
-            f"`UReversible({name}())` is not supported, as `{name}` has several "
-            "tableaus. Use a solver with a single tableau, such as `diffrax.Tsit5()`."
-        )
-    if type(solver).step is not host.step:
-        raise ValueError(
-            f"`UReversible({name}())` is not supported, as `{name}` has a `step` of "
-            "its own, and `UReversible` makes its steps from the tableau. Use a solver "
-            "that is given by its tableau alone, such as `diffrax.Tsit5()`."
-        )
-    if not _is_srk(solver):
-        has_own_interpolation(cast(diffrax.AbstractERK, solver))
-
-
-def _is_srk(solver: diffrax.AbstractSolver) -> bool:
-    # Not `isinstance`, as above.
-    return issubclass(type(solver), diffrax.AbstractSRK)
 
 
 def _check_product(terms, t0, t1, y0, args):
