@@ -339,8 +339,9 @@ def main(argv=None):
     print("| gradient of | default, ms | ours | by hand | default, kB | ours, kB |")
     print("|---|---|---|---|---|---|")
     table = {}
-    for name, row in wanted.items():
-        times, sizes = table[name] = measure(*row, repeats)
+    for name, (problem, base, num_steps, options) in wanted.items():
+        times, sizes = measure(problem, base, num_steps, options, repeats)
+        table[name] = times, sizes
         ratios = [f"{x / times[0]:.2f}" if x == x else "" for x in times[1:]]
         kilobytes = [f"{x / 1e3:.3g}" if x < 1e6 else f"{x / 1e3:.0f}" for x in sizes]
         cells = [name, f"{1e3 * times[0]:.1f}", *ratios, *kilobytes]

@@ -55,8 +55,9 @@ class UReversible(
     A second copy `z` of the solution is carried along, so that `y` and the solver state
     take twice the memory of `y`. The solver state is `(y - z, code, account)`. Here `y
     - z` has the structure, shapes and dtypes of `y`. `code` is the coupling $m$ below,
-    as a `uint8`, and is the one byte that is recorded for every step. `account` is
-    of two `float32` numbers (three for an SDE), from which the next coupling is chosen. If `coupling_parameter` is a number then the solver state is `z`.
+    as a `uint8`, and is the one byte that is recorded for every step. `account` is of
+    two `float32` numbers (three for an SDE), from which the next coupling is chosen. If
+    `coupling_parameter` is a number then the solver state is `z`.
 
     Uses the interpolation of the wrapped solver for dense/ts output, without further
     evaluations: of order 5 for `Tsit5` and `Dopri5`, 6 for `Dopri8`; and one less for
