@@ -188,6 +188,7 @@ def examples(session: nox.Session) -> None:
     for name, *options in (
         ("hare_lynx",),
         ("least_squares",),
+        ("nuts",),
         ("digits_neural_ode",),
         ("planets",),
         ("continuous_flow",),

@@ -68,6 +68,20 @@ def test_least_squares(run_quick, monkeypatch, capsys):
     assert "birth of hares" in capsys.readouterr().out
 
 
+def test_nuts(run_quick, monkeypatch, capsys):
+    # (It takes the data from `hare_lynx.py`.)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    results = run_quick("nuts.py")
+    # Those that failed have a gradient of zero, and neither they nor any other one that
+    # is not finite.
+    assert results["zero"] == results["failed"] > 0
+    assert results["bad"] == 0
+    # The chains were not ended.
+    assert jnp.all(jnp.isfinite(results["draws"]))
+    assert jnp.all(jnp.std(results["draws"], axis=1) > 0)
+    assert "smoke test" in capsys.readouterr().out
+
+
 def test_digits_neural_ode(run_quick):
     results = run_quick("digits_neural_ode.py")
     # By chance it is 0.1.
