@@ -189,6 +189,7 @@ def examples(session: nox.Session) -> None:
         ("hare_lynx",),
         ("least_squares",),
         ("nuts",),
+        ("pharmacology",),
         ("digits_neural_ode",),
         ("planets",),
         ("continuous_flow",),

@@ -82,6 +82,15 @@ def test_nuts(run_quick, monkeypatch, capsys):
     assert "smoke test" in capsys.readouterr().out
 
 
+def test_pharmacology(run_quick, capsys):
+    results = run_quick("pharmacology.py")
+    # In forward mode it is the derivative of the same steps.
+    assert results["reversible"] < 1e-12
+    # The default adjoint differentiates the control of steps as well.
+    assert results["checkpointed"] < 1e-6
+    assert "smoke test" in capsys.readouterr().out
+
+
 def test_digits_neural_ode(run_quick):
     results = run_quick("digits_neural_ode.py")
     # By chance it is 0.1.
