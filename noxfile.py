@@ -190,6 +190,7 @@ def examples(session: nox.Session) -> None:
         ("least_squares",),
         ("nuts",),
         ("pharmacology",),
+        ("neural_ode_float32",),
         ("digits_neural_ode",),
         ("planets",),
         ("continuous_flow",),

@@ -86,8 +86,18 @@ def test_pharmacology(run_quick, capsys):
     results = run_quick("pharmacology.py")
     # In forward mode it is the derivative of the same steps.
     assert results["reversible"] < 1e-12
-    # The default adjoint differentiates the control of steps as well.
+    # Plain `Tsit5`, whose solution is not the same to rounding.
     assert results["checkpointed"] < 1e-6
+    assert "smoke test" in capsys.readouterr().out
+
+
+def test_neural_ode_float32(run_quick, capsys):
+    results = run_quick("neural_ode_float32.py")
+    assert results["dtype"] == "float32"
+    assert results["bad"] == 0
+    assert results["after"] < 0.8 * results["before"]
+    # Rounding, which grows on the way back.
+    assert all(x < 1e-4 for [x] in results["at"].values())
     assert "smoke test" in capsys.readouterr().out
 
 
