@@ -188,6 +188,9 @@ def examples(session: nox.Session) -> None:
     for name, *options in (
         ("hare_lynx",),
         ("least_squares",),
+        ("nuts",),
+        ("pharmacology",),
+        ("neural_ode_float32",),
         ("digits_neural_ode",),
         ("planets",),
         ("continuous_flow",),

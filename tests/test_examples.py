@@ -68,6 +68,39 @@ def test_least_squares(run_quick, monkeypatch, capsys):
     assert "birth of hares" in capsys.readouterr().out
 
 
+def test_nuts(run_quick, monkeypatch, capsys):
+    # (It takes the data from `hare_lynx.py`.)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    results = run_quick("nuts.py")
+    # Those that failed have a gradient of zero, and neither they nor any other one that
+    # is not finite.
+    assert results["zero"] == results["failed"] > 0
+    assert results["bad"] == 0
+    # The chains were not ended.
+    assert jnp.all(jnp.isfinite(results["draws"]))
+    assert jnp.all(jnp.std(results["draws"], axis=1) > 0)
+    assert "smoke test" in capsys.readouterr().out
+
+
+def test_pharmacology(run_quick, capsys):
+    results = run_quick("pharmacology.py")
+    # In forward mode it is the derivative of the same steps.
+    assert results["reversible"] < 1e-12
+    # Plain `Tsit5`, whose solution is not the same to rounding.
+    assert results["checkpointed"] < 1e-6
+    assert "smoke test" in capsys.readouterr().out
+
+
+def test_neural_ode_float32(run_quick, capsys):
+    results = run_quick("neural_ode_float32.py")
+    assert results["dtype"] == "float32"
+    assert results["bad"] == 0
+    assert results["after"] < 0.8 * results["before"]
+    # Rounding, which grows on the way back.
+    assert all(x < 1e-4 for [x] in results["at"].values())
+    assert "smoke test" in capsys.readouterr().out
+
+
 def test_digits_neural_ode(run_quick):
     results = run_quick("digits_neural_ode.py")
     # By chance it is 0.1.
