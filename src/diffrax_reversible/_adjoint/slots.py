@@ -62,12 +62,14 @@ class Slots(NamedTuple):
     def drop_every_other(self, base: Array, pred: Array) -> "Slots":
         """Of those above the first `base`, if `pred`, frees the 1st, 3rd, 5th, ..."""
         k = jnp.arange(self.size)
-        is_above = (k >= base) & (k < self.count)
-        is_dropped = pred & is_above & ((k - base) % 2 == 0)
-        is_free = is_dropped | (k >= self.count)
-        order = jnp.argsort(jnp.where(is_free, k + self.size, k))
+        above, num_above = k - base, self.count - base
+        num_kept = num_above // 2
+        # Those that stay, and then those that are free now.
+        old = jnp.where(above < num_kept, 2 * above + 1, 2 * (above - num_kept))
+        is_moved = pred & (above >= 0) & (k < self.count)
         return self._replace(
-            order=self.order[order], count=self.count - jnp.sum(is_dropped)
+            order=self.order[jnp.where(is_moved, base + old, k)],
+            count=jnp.where(pred, base + num_kept, self.count),
         )
 
 
