@@ -147,7 +147,7 @@ class WayBack:
         if not self._format.is_window:
             # (Otherwise that is done for the first window.)
             window = window._replace(every=every)
-            slots, _ = self._make_again(carry, slots, window, n, n > 0)
+            slots = self._make_again(slots, window, n, n > 0)
             end = slots.top_state(self._windows.kept_initial)
             slots = slots.pop(n > 0)
             carry = self._undo.start(*restored(True, end, self._initial))
@@ -190,11 +190,10 @@ class WayBack:
         # An element of a batch waits for those that can go on without.
         is_stuck = wanted > slots.top()
         makes = eqxi.unvmap_any(is_stuck) & ~eqxi.unvmap_any(is_inside & ~is_stuck)
-        slots, carry = lax.cond(
-            makes,
-            lambda: self._make_again(carry, slots, window, wanted, is_stuck),
-            lambda: (slots, carry),
-        )
+        # (Not in a branch, which would copy all that is kept.)
+        slots = self._make_again(slots, window, wanted, is_stuck & makes)
+        if carry.pullback is not None:
+            carry = lax.cond(makes, self._undo.prime, lambda carry: carry, carry)
         is_waiting = is_stuck & ~makes
 
         target = slots.top()
@@ -245,16 +244,11 @@ class WayBack:
         )
 
     def _make_again(
-        self,
-        carry: Carry,
-        slots: Slots,
-        window: Window,
-        wanted: Array,
-        is_stuck: Array,
-    ) -> tuple[Slots, Carry]:
+        self, slots: Slots, window: Window, wanted: Array, pred: Array
+    ) -> Slots:
         # What is at hand has a slot of its own, as has where a window begins.
         in_window = jnp.where(window.first > 0, 1, 0)
-        slots = make_again(
+        return make_again(
             self._format,
             self._fns,
             window,
@@ -262,11 +256,10 @@ class WayBack:
             self._windows.kept_initial,
             self._initial,
             wanted,
-            is_stuck,
+            pred,
             self._forward.num_slots + in_window,
             self._undo.located,
         )
-        return slots, self._undo.prime(carry)
 
     def _differs(
         self, carry: Carry, segment: Segment, since: Array, checks: Array
