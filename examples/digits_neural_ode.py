@@ -8,9 +8,9 @@ trained with, in single precision.
 
 Then the same gradient is taken with more and more steps, and its memory (what the
 compiler allocates for temporaries) and time are put next to those of diffrax's default,
-`RecursiveCheckpointAdjoint()` on plain `diffrax.Heun()`. `ReversibleAdjoint()` has up
-to 16 slots for states that are wanted; `sol.stats["num_checkpoints"]` tells how many
-were, and `ReversibleAdjoint(checkpoints=4)` takes less memory.
+`RecursiveCheckpointAdjoint()` on plain `diffrax.Heun()`. `ReversibleAdjoint()`
+stores up to 32 states; `sol.stats["num_checkpoints"]` tells how many it would like to,
+and `ReversibleAdjoint(checkpoints=4)` takes less memory.
 
 Run as `python digits_neural_ode.py [--quick] [--output PATH]`.
 """

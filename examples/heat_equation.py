@@ -12,8 +12,8 @@ fit:
 - `RecursiveCheckpointAdjoint(checkpoints=num_steps + 1)` keeps every step;
 - `RecursiveCheckpointAdjoint()`, the default of diffrax, keeps about the square root of
   twice their number, and computes the others again;
-- `ReversibleAdjoint()` has 16 slots, and makes again what is wanted and not in one;
-- `ReversibleAdjoint(checkpoints=24)` has a few more than the fit asks for.
+- `ReversibleAdjoint()` stores up to 32 states, and recomputes what else is needed;
+- `ReversibleAdjoint(checkpoints=24)` stores a few more than the fit needs.
 
 The heat equation forgets. So it cannot be undone from its end alone, and here a state
 is wanted for every five hundred steps or more: `sol.stats["num_checkpoints"]` says so.

@@ -15,7 +15,7 @@ from .steps import BLOCK, Format
 
 
 # The most there are, and how many with `max_steps=None`; and so for steps.
-_SLOTS = 16
+_SLOTS = 32
 _WINDOW = 2**16
 # A record of fewer bytes than this is never too long. (So that of `UReversible` is not,
 # with the host's default for `max_steps`.)
