@@ -67,7 +67,7 @@ def stencil(size=100):
         u = jnp.pad(y, 1)
         return p * (u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2] - 4 * y)
 
-    return vector_field, jnp.ones((size, size)), jnp.asarray(100.0)
+    return vector_field, jnp.ones((size, size)), jnp.asarray(10.0)
 
 
 def sine(size=10_000):
