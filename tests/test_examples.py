@@ -185,14 +185,26 @@ def test_benchmark(name, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("users_settings")
-def test_readme():
+def test_readme(capsys):
     namespace = {}
-    for code in re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
-    ):
+    text = (ROOT / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(snippets) == 2
+    for code in snippets:
         exec(compile(code, "README.md", "exec"), namespace)
-    assert jnp.all(jnp.isfinite(namespace["grads"]))
-    assert jnp.allclose(namespace["back"].ys[0], 1, rtol=1e-12)
+        assert capsys.readouterr().out.splitlines() == re.findall(
+            r"^print\(.*\)  # (.*)", code, re.M
+        )
+    assert jnp.isfinite(namespace["value"])
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 1200
+    # What it points to is there.
+    for path in re.findall(r"\]\(([^:)]+)\)", text):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.usefixtures("users_settings")

@@ -40,8 +40,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     state should be stored; `sol.stats["num_checkpoints"]` is how many these are. If
     there are more of them than `checkpoints`, then every other one is dropped, as often
     as it takes. What was dropped is recomputed on the backward pass, forwards from the
-    last stored state. (With `checkpoints=16` that is half a forward solve in all if 32
-    states are wanted, and 2.8 if it is 1000.)
+    last stored state. (With `checkpoints=32` that is half a forward solve in all if 64
+    states are wanted, and 1.6 if it is 1000.)
 
     **Verification:** At each stored state, and at the start, what was rebuilt is
     compared with it: each element of the state, and what the vector field does with a
@@ -60,6 +60,12 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     through its error. So the gradient with respect to a time is that of the true
     solution up to the order of the solver, also if the vector field jumps at one of
     `step_ts` or `jump_ts`; but finite differences of a coarse solve differ from it.)
+
+    !!! warning
+
+        A vector field that jumps at `t0` or `t1` itself must have there the value that
+        it has within the solve, and a time in `StepTo` should not be that of a jump.
+        Otherwise the gradient with respect to *that* time is wrong, without an error.
 
     **Modes:** Reverse (`jax.grad`), forward (`jax.jvp`, `jax.jacfwd`, `jax.linearize`),
     and twice in any order of these (`jax.hessian`). Forward mode makes the solve twice,
@@ -191,7 +197,7 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoints`: How many states may be stored, each of which takes the memory of `y`
     and the solver state. Give more to save time where the solver wants many. `"auto"`
-    is 16, or fewer if `max_steps` is small: so many that the gradient takes less memory
+    is 32, or fewer if `max_steps` is small: so many that the gradient takes less memory
     than with [`diffrax.RecursiveCheckpointAdjoint`][]. With `checkpoints=0` only `y0`
     and one state at hand are kept, and whatever else is wanted is recomputed from the
     start.

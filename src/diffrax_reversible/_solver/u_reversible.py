@@ -87,6 +87,12 @@ class UReversible(
 
     !!! warning
 
+        The second half of a step evaluates the vector field a little off the solution.
+        What is not finite there is left out, but an error that the vector field raises
+        itself, by `equinox.error_if`, is an error.
+
+    !!! warning
+
         With a number as the coupling, $y - z$ is multiplied by about $\lambda e^{-ah}$
         in each step along a component of the solution that behaves like $e^{at}$. So on
         every component that decays it **grows**, and in time spoils the solution; or,
