@@ -32,7 +32,6 @@ from diffrax_reversible import ReversibleAdjoint, ReversibleHeun, UReversible
 
 DEFAULT = diffrax.RecursiveCheckpointAdjoint()
 OURS = ReversibleAdjoint()
-PUBLISHED = 0.999
 
 
 #
