@@ -165,6 +165,8 @@ def main(argv=None):
         "--output", default="continuous_flow.png", help="path of the figure"
     )
     args = parser.parse_args(argv)
+    if args.quick:
+        print("This is a smoke test: it stops long before there is a result.")
 
     jax.config.update("jax_enable_x64", True)
 
@@ -194,7 +196,7 @@ def main(argv=None):
     print(
         f"Largest difference from plain Bosh3: {difference:.1e} of the largest density"
     )
-    print(f"Checkpoints that a sample asked for: at most {num_checkpoints}")
+    print(f"States wanted of a sample: at most {num_checkpoints}")
 
     density = density.reshape(size, size)
     plot(losses, baseline, density, samples, x_test[:2000], args.output)

@@ -195,6 +195,8 @@ def main(argv=None):
         "--output", default="digits_neural_ode.png", help="path of the figure"
     )
     args = parser.parse_args(argv)
+    if args.quick:
+        print("This is a smoke test: it stops long before there is a result.")
 
     x_train, x_test, y_train, y_test = load()
     width, batch_size, num_steps = (16, 32, 40) if args.quick else (64, 128, 600)
@@ -220,7 +222,7 @@ def main(argv=None):
         all_num_steps,
         repeats=1 if args.quick else 5,
     )
-    print(f"Checkpoints that were asked for: at most {max(asked, more)}")
+    print(f"States wanted: at most {max(asked, more)}")
     print("Memory and time of a gradient")
     for name, rows in table.items():
         for n, (megabytes, seconds) in rows.items():

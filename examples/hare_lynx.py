@@ -223,6 +223,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="take only a few steps")
     parser.add_argument("--output", default="hare_lynx.png", help="path of the figure")
     args = parser.parse_args(argv)
+    if args.quick:
+        print("This is a smoke test: it stops long before there is a result.")
 
     # The tolerances are close to single precision, and rounding errors grow on the way
     # back.

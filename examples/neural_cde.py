@@ -216,6 +216,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="take only a few steps")
     parser.add_argument("--output", default="neural_cde.png", help="path of the figure")
     args = parser.parse_args(argv)
+    if args.quick:
+        print("This is a smoke test: it stops long before there is a result.")
 
     years, values = load_data()
     starts, windows, lasts, targets = make_windows(

@@ -246,6 +246,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="take only a few steps")
     parser.add_argument("--output", default="neural_sde.png", help="path of the figure")
     args = parser.parse_args(argv)
+    if args.quick:
+        print("This is a smoke test: it stops long before there is a result.")
 
     # Rounding errors grow on the way back, along what decays on the way forward.
     jax.config.update("jax_enable_x64", True)

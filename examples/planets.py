@@ -159,6 +159,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="fewer years and steps")
     parser.add_argument("--output", default="planets.png", help="path of the figure")
     args = parser.parse_args(argv)
+    if args.quick:
+        print("This is a smoke test: it stops long before there is a result.")
 
     jax.config.update("jax_enable_x64", True)
 
