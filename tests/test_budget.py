@@ -11,6 +11,7 @@ import pytest
 
 import diffrax_reversible as dfxr
 from diffrax_reversible._adjoint import plan
+from diffrax_reversible._adjoint.slots import Slots
 from diffrax_reversible._diagnose import _made_again
 
 from .helpers import CouplingLeapfrog, relative_difference, short_records
@@ -351,3 +352,16 @@ def test_number_of_slots():
     found = [plan._num_slots(n) for n in (None, 10, 64, 1000, 4096)]
     assert found == [32, 2, 3, 20, 32]
     assert np.all(np.diff([plan._num_slots(n) for n in range(1, 2000)]) >= 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_drop_every_other(size):
+    order = np.random.default_rng(size).permutation(size)
+    for base, count in [(b, c) for c in range(size + 1) for b in range(c + 1)]:
+        slots = Slots(jnp.zeros(size, int), None, jnp.array(order), jnp.array(count))
+        found = slots.drop_every_other(jnp.array(base), jnp.array(True))
+        kept = [*order[:base], *order[base:count][1::2]]
+        assert found.order[: found.count].tolist() == kept
+        assert sorted(found.order.tolist()) == list(range(size))
+        same = slots.drop_every_other(jnp.array(base), jnp.array(False))
+        assert same.order.tolist() == order.tolist() and same.count == count
