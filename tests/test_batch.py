@@ -157,6 +157,7 @@ def _shared_loss(kind, solver, sum_over_batch, w, t1, x):
     ],
     ids=["y", "ts", "steps", "dense", "controlled", "generic"],
 )
+@pytest.mark.one_in(2)
 def test_what_the_batch_shares(kind, solver, used):
     def loss(sum_over_batch, w, t1, x):
         out = _shared_loss(kind, solver, sum_over_batch, w, t1, x)

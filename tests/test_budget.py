@@ -132,6 +132,7 @@ def _gradient(adjoint, max_steps, adaptive, batched):
 
 @pytest.mark.parametrize("window", [None, 96, 512])
 @pytest.mark.parametrize("adaptive,batched", [(False, False), (True, True)])
+@pytest.mark.one_in(2)
 def test_windows_and_slots(window, adaptive, batched, monkeypatch):
     # Short records are made again from the states that are kept, by the host's loop.
     max_steps = 400

@@ -40,14 +40,14 @@ class Counter:
         # Its derivative is made of its value, so that no evaluation is unused.
         @jax.custom_vjp
         def vector_field(y):
-            return count("evaluations")(jnp.exp(-y))
+            return count("evaluations")(jnp.exp(y / 4))
 
         def fwd(y):
             out = vector_field(y)
             return out, out
 
         def bwd(out, grad):
-            return (count("pullbacks")(-out * grad),)
+            return (count("pullbacks")(out / 4 * grad),)
 
         vector_field.defvjp(fwd, bwd)
         self.vector_field = vector_field

@@ -312,7 +312,7 @@ def test_dissipation():
 
 def test_little_is_forgotten():
     # Whatever the noise of single steps is. (Where each goes by its own error estimate,
-    # this asks for some 30.)
+    # this asks for several times as many.)
     @jax.jit
     def solve(key):
         terms = _terms("commutative", Polygon(walk(key, FINE, 1)))
@@ -322,7 +322,7 @@ def test_little_is_forgotten():
         )
         return sol.stats["num_checkpoints"]
 
-    assert solve(jax.random.key(0)) <= 8
+    assert solve(jax.random.key(0)) <= 16
 
 
 #
@@ -455,12 +455,7 @@ def test_counts(base, kind, num_drifts, num_diffusions):
     # Forwards once more, and backwards; and two of each to compare what has been
     # rebuilt with the start. The second increment is not differentiated.
     assert drifts.take() == (4 * num_drifts * n + 2, num_drifts * n + 2)
-    # (Once, if that is the same diffusion.)
-    twice = 1 if kind == "additive" else 2
-    assert diffusions.take() == (
-        4 * num_diffusions * n + twice,
-        num_diffusions * n + twice,
-    )
+    assert diffusions.take() == (4 * num_diffusions * n + 2, num_diffusions * n + 2)
     assert queries == 2 * n
 
 

@@ -87,8 +87,29 @@ def walk_back(
         undo.event_is_lost(),
         derivative.throw,
     )
-    grad_y0, grad_solver_state0, grad_consts, grad_times = grads_out
+    found = _of_inputs(init_state, grad_final_state, len(consts), *grads_out)
+    nothing = jtu.tree_map(lambda _: None, numbers.unknown)
+    found = found._replace(unknown=nothing)
+    by_number: dict[int, Array] = {}
+    jtu.tree_map(
+        lambda i, g: None if i is None or g is None else by_number.update({i: g}),
+        numbers,
+        found,
+        is_leaf=lambda i: i is None,
+    )
+    return [by_number.get(i, jnp.zeros_like(arrays[i])) for i in wanted]
 
+
+def _of_inputs(
+    init_state,
+    grad_final_state,
+    num_consts: int,
+    grad_y0: PyTree,
+    grad_solver_state0: PyTree,
+    grad_consts: dict[int, Any],
+    grad_times: PyTree,
+) -> Inputs:
+    """Those that are known, where they belong."""
     grad_init_state = jtu.tree_map(
         lambda _: None, eqx.filter(init_state, eqx.is_inexact_array)
     )
@@ -106,20 +127,8 @@ def walk_back(
             is_leaf=is_save_state,
         ),
     )
-    found = Inputs(
-        grad_init_state,
-        grad_times,
-        tuple(grad_consts.get(i) for i in range(len(consts))),
-        jtu.tree_map(lambda _: None, numbers.unknown),
-    )
-    by_number: dict[int, Array] = {}
-    jtu.tree_map(
-        lambda i, g: None if i is None or g is None else by_number.update({i: g}),
-        numbers,
-        found,
-        is_leaf=lambda i: i is None,
-    )
-    return [by_number.get(i, jnp.zeros_like(arrays[i])) for i in wanted]
+    of_consts = tuple(grad_consts.get(i) for i in range(num_consts))
+    return Inputs(grad_init_state, grad_times, of_consts, None)
 
 
 def _batch(
