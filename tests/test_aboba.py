@@ -1,4 +1,6 @@
-"""Underdamped Langevin dynamics."""
+"""`ABOBA` solves underdamped Langevin dynamics: with strong order 2, the right
+stationary distribution and the right gradient, also where friction makes its steps hard
+to undo. Everything else that it could be given is refused."""
 
 import functools as ft
 

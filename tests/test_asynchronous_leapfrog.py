@@ -1,4 +1,5 @@
-"""`AsynchronousLeapfrog`: what its options do."""
+"""The options of `AsynchronousLeapfrog` do what they promise, or are refused: `damping`
+and `full_sync`, with adaptive steps, in a batch, and under noise."""
 
 import functools as ft
 

@@ -1,4 +1,5 @@
-"""Solves that stop at an event: where they stop, and with what gradient."""
+"""Solves that stop at an event stop where they do with diffrax's adjoints, and with the
+same gradient."""
 
 import functools as ft
 

@@ -1,4 +1,6 @@
-"""Whatever diffrax takes as `y0`, `args` and `terms`."""
+"""Whatever diffrax takes as `y0`, `args` and `terms` is taken, with the gradient that
+`RecursiveCheckpointAdjoint` gives: any PyTree, any precision, any kind of term, and
+vector fields that do whatever they like."""
 
 import contextlib
 import functools as ft

@@ -1,5 +1,6 @@
-"""`EES25` and `EES27`, which are undone by a step of the opposite size, up to a high
-order."""
+"""`EES25` and `EES27`, which are undone by a step of the opposite size up to a high
+order, have a gradient that is good to that order; and what is missing is told, and
+cured."""
 
 import functools as ft
 

@@ -1,4 +1,5 @@
-"""Nestings of transformations, three deep, around one solve."""
+"""Any nesting of transformations around one solve, three deep, gives what it gives with
+another adjoint, or refuses a third derivative."""
 
 import diffrax
 import hypothesis

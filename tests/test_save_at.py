@@ -1,4 +1,5 @@
-"""What is saved, in whatever form, and what is kept for another solve."""
+"""Every `SaveAt` saves what it saves with diffrax's adjoints, with the same gradient;
+and a solve can be resumed from it."""
 
 import functools as ft
 

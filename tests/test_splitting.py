@@ -1,4 +1,5 @@
-"""Palindromic splittings."""
+"""Palindromic splittings keep the energy of long orbits, have the right gradient after
+many steps, and take what a user makes of `AbstractSplitting`; all else is refused."""
 
 import functools as ft
 

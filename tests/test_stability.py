@@ -1,4 +1,6 @@
-"""The controlled coupling, checkpoints, the drift check, and the diagnosis."""
+"""`UReversible(base)` is as good as `base` where the published coupling fails: its
+coupling is controlled, what it forgets is kept, and what drifts is found and cured.
+`diagnose` tells all of that."""
 
 import functools as ft
 import math

@@ -1,4 +1,6 @@
-"""`UReversible` over stochastic Runge--Kutta methods."""
+"""`UReversible` over a stochastic Runge--Kutta method has the strong order of that
+method and the right gradient, and goes back along the same path. Every such method of
+diffrax is tested, or refused."""
 
 import functools as ft
 from typing import Any

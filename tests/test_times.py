@@ -1,4 +1,5 @@
-"""Gradients with respect to times: of the start, the end, what is saved, the steps."""
+"""Gradients with respect to times are right: of the start, the end, what is saved, and
+the steps that a controller was told to make."""
 
 import functools as ft
 

@@ -1,4 +1,6 @@
-"""Transformations of JAX, around a solve and within it."""
+"""Transformations of JAX, around a solve and within it, give what they give with
+diffrax's adjoints: every mode of differentiation, batches, `jit`, `checkpoint`, `scan`,
+callbacks, several devices."""
 
 import functools as ft
 import inspect

@@ -1,4 +1,5 @@
-"""What a user's own couplings may do, and what they are told if they may not."""
+"""A user's own `AbstractCouplingSolver` may do whatever its docstring allows, with the
+right gradient, and is told so if it may not."""
 
 import functools as ft
 from typing import Any
