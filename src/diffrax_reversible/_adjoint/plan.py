@@ -66,7 +66,10 @@ def make_forward(
         length = length if is_window else max(max_steps, 1)
     format = Format(solver, example, has_flags, length, is_window)
     grid = -(-format.length // 2) if is_window else -(-length // (num_slots + 1))
-    return Forward(solver, format, num_slots, checkpoint_every, max(grid, 1))
+    # (A whole number of blocks: then one turn of the way back goes from one to the
+    # next.)
+    grid = -(-grid // BLOCK) * BLOCK
+    return Forward(solver, format, num_slots, checkpoint_every, grid)
 
 
 def _num_checkpoints(max_steps: int) -> int:
