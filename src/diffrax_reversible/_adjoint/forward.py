@@ -69,10 +69,9 @@ class Ends(NamedTuple):
 class _Row(NamedTuple):
     """What is carried from step to step besides the host's state."""
 
-    # The row that the last step is in, whether that is full, and how many steps have
-    # been copied into the long record.
+    # The row that the last step is in, and how many steps have been copied into the
+    # long record.
     steps: Steps
-    is_full: Array
     num_copied: Array
     t_last: Array
     # Of the last step: whether its start is wanted, or may be kept anyway; and its
@@ -192,7 +191,9 @@ class Forward:
             return eqxi.unvmap_any(pred & unfinished(state))
 
         def ends(state, row):
-            return any_unfinished(row.is_full, state)
+            n = state.num_accepted_steps
+            is_full = (n % BLOCK == 0) & (n > row.num_copied)
+            return any_unfinished(is_full, state)
 
         def inner_cond(carry):
             state, row = carry
@@ -228,7 +229,6 @@ class Forward:
             no = jnp.array(False)
             row = row._replace(
                 num_copied=jnp.where(is_end, n, row.num_copied),
-                is_full=no,
                 is_wanted=no,
                 is_candidate=no,
             )
@@ -242,7 +242,6 @@ class Forward:
         no, zero = jnp.array(False), jnp.array(0)
         row = _Row(
             steps=self.format.empty_row(init_state),
-            is_full=no,
             num_copied=start,
             t_last=t_before,
             is_wanted=no,
@@ -271,6 +270,9 @@ class Forward:
         after the end of a solve for the sake of others in a batch."""
         index = state.num_accepted_steps
         accepted = (new_state.num_accepted_steps > index) & ~is_done
+        if self.format.made_jump is False:
+            # (In the loop it is an array, which would be one more to be carried.)
+            state = replace(state, made_jump=False)
         needs, wants = asks(self.solver, state, new_state.solver_state)
         is_wanted = jnp.asarray(needs) | wants
         entry, is_consistent = self.format.entry(state, row.t_last, is_wanted, needs)
@@ -289,7 +291,6 @@ class Forward:
 
         return row._replace(
             steps=jtu.tree_map(put, entry, row.steps),
-            is_full=accepted & (place == BLOCK - 1),
             t_last=jnp.where(
                 accepted, jnp.where(is_consistent, state.tnext, jnp.nan), row.t_last
             ),
