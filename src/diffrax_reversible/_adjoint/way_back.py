@@ -21,7 +21,7 @@ from .forward import Ends, Forward, Record
 from .functions import Functions
 from .replay import make_again
 from .slots import Slots
-from .steps import BLOCK, Window
+from .steps import Block, BLOCK, Window
 from .undo import Carry, Segment, Undo
 from .windows import restored, Windows
 
@@ -44,6 +44,21 @@ class Progress(NamedTuple):
     has_failed: Array
     # Of how many steps one is wanted besides those that the solver wants.
     every: Array
+
+
+class _Read(NamedTuple):
+    """Steps of the record, backwards."""
+
+    block: Block
+    numbers: Array
+
+    @property
+    def last(self) -> Array:
+        return self.numbers[0]
+
+    @property
+    def first(self) -> Array:
+        return self.numbers[-1]
 
 
 class WayBack:
@@ -178,14 +193,34 @@ class WayBack:
         )
 
     def _walk_block(self, progress: Progress, window: Window) -> Progress:
-        """Some of the steps: to the next state that is kept, or wanted, at most."""
-        carry, slots = progress.carry, progress.slots
-        is_inside = carry.num_steps > window.first
-        last = jnp.maximum(carry.num_steps - 1, window.first)
+        """Some of the steps: until one of a batch has come to the end of a block."""
+        last = jnp.maximum(progress.carry.num_steps - 1, window.first)
         numbers = jnp.maximum(last - jnp.arange(BLOCK), window.first)
-        block = self._format.read(window, numbers)
-        first = jnp.maximum(window.first, last + 1 - BLOCK)
-        wanted = jnp.max(jnp.where(block.is_wanted & is_inside, numbers, -1))
+        # (Once for many segments, as it takes longer than a step of a small system.)
+        read = _Read(self._format.read(window, numbers), numbers)
+
+        def proceeds(progress):
+            n = progress.carry.num_steps
+            is_inside = n > window.first
+            is_over = is_inside & (n <= read.first)
+            out = eqxi.unvmap_any(is_inside) & ~eqxi.unvmap_any(is_over)
+            return out & ~progress.has_failed
+
+        return lax.while_loop(
+            proceeds,
+            lambda progress: self._walk_segment(progress, window, read),
+            progress,
+        )
+
+    def _walk_segment(
+        self, progress: Progress, window: Window, read: "_Read"
+    ) -> Progress:
+        """To the next state that is kept, or wanted, at most."""
+        carry, slots = progress.carry, progress.slots
+        block, numbers, last, first = read.block, read.numbers, read.last, read.first
+        is_inside = carry.num_steps > window.first
+        is_wanted = block.is_wanted & (numbers < carry.num_steps) & is_inside
+        wanted = jnp.max(jnp.where(is_wanted, numbers, -1))
 
         # An element of a batch waits for those that can go on without.
         is_stuck = wanted > slots.top()
