@@ -214,6 +214,10 @@ class Forward:
             state, row = carry
             return [*buffers(state), row.steps]
 
+        def outer_cond(carry):
+            state, row, *_ = carry
+            return unfinished(state) | (state.num_accepted_steps > row.num_copied)
+
         def outer_body(carry):
             state, row, steps, keeping, num_wanted = carry
             state, row = eqxi.while_loop(
@@ -223,7 +227,8 @@ class Forward:
             index = state.num_accepted_steps - 1
             keeping = keeping.add(index, row.start, row.is_candidate, capacity)
             num_wanted = num_wanted + jnp.where(row.is_wanted, 1, 0)
-            is_end = ends(state, row) | eqxi.unvmap_any(~unfinished(state))
+            # (Once for all of a batch, or each that ends would have all copied.)
+            is_end = ends(state, row) | ~eqxi.unvmap_any(unfinished(state))
             n = state.num_accepted_steps
             steps = lax.cond(is_end, lambda: self._copy(steps, row, n), lambda: steps)
             no = jnp.array(False)
@@ -249,7 +254,7 @@ class Forward:
             start=self.kept(init_state, t_before),
         )
         state, row, steps, keeping, num_wanted = eqxi.while_loop(
-            lambda carry: unfinished(carry[0]),
+            outer_cond,
             outer_body,
             (
                 init_state,
