@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan
+from diffrax_reversible._adjoint import plan, slots as slots_
 from diffrax_reversible._adjoint.slots import Slots
 from diffrax_reversible._diagnose import _made_again
 
@@ -356,13 +356,50 @@ def test_number_of_slots():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_drop_every_other(size):
+def test_keep_only(size):
     order = np.random.default_rng(size).permutation(size)
-    for base, count in [(b, c) for c in range(size + 1) for b in range(c + 1)]:
+    for count in range(size + 1):
         slots = Slots(jnp.zeros(size, int), None, jnp.array(order), jnp.array(count))
-        found = slots.drop_every_other(jnp.array(base), jnp.array(True))
-        kept = [*order[:base], *order[base:count][1::2]]
-        assert found.order[: found.count].tolist() == kept
-        assert sorted(found.order.tolist()) == list(range(size))
-        same = slots.drop_every_other(jnp.array(base), jnp.array(False))
-        assert same.order.tolist() == order.tolist() and same.count == count
+        for which in range(2**size):
+            is_kept = np.array([which >> k & 1 for k in range(size)], bool)
+            found = slots.keep_only(jnp.array(is_kept), jnp.array(True))
+            kept = [*order[:count][is_kept[:count]]]
+            assert found.order[: found.count].tolist() == kept
+            assert sorted(found.order.tolist()) == list(range(size))
+            same = slots.keep_only(jnp.array(is_kept), jnp.array(False))
+            assert same.order.tolist() == order.tolist() and same.count == count
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_which_states_are_kept(seed):
+    """Against the same rule on a list: what is not wanted goes first, and what is
+    wanted is always every so many of them."""
+    rng = np.random.default_rng(seed)
+    size, base = 6, seed % 2
+    slots = slots_.empty(size, jnp.array(0.0))
+    for number in range(base):
+        slots = slots.push(jnp.array(number), jnp.array(0.0), True)
+    keeping = slots_.Keeping.of(slots)
+    add = jax.jit(lambda keeping, *args: keeping.add(*args, size - 1))
+    kept, stride, num_wanted = [(n, False) for n in range(base)], 1, 0
+    for number in range(base, 60):
+        pred, is_wanted = rng.random() < 0.7, rng.random() < [0.1, 0.5, 0.9, 1][seed]
+        is_wanted = is_wanted and pred
+        state = jnp.array(float(number))
+        args = jnp.array(number), state, jnp.array(pred), jnp.array(is_wanted)
+        keeping = add(keeping, *args)
+        num_wanted += is_wanted
+        if pred and not (is_wanted and num_wanted % stride):
+            own = kept[base:]
+            if len(kept) == size - 1:
+                if not all(wanted for _, wanted in own):
+                    own = [x for x in own if x[1]]
+                elif is_wanted:
+                    own, stride = own[1::2], 2 * stride
+            kept = kept[:base] + own
+            if not (is_wanted and num_wanted % stride) and len(kept) < size - 1:
+                kept.append((number, is_wanted))
+        found = keeping.slots
+        used = found.order[: found.count]
+        assert found.numbers[used].tolist() == [n for n, _ in kept]
+        assert found.states[used][base:].tolist() == [n for n, _ in kept[base:]]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
@@ -36,6 +37,13 @@ class CouplingPullback(AbstractPullback):
         """The first coupling that shifts anything."""
         shifts = [k for k, c in enumerate(self.couplings) if c.shift is not None]
         return shifts[0]
+
+    @property
+    def _rebuilds_by_constants(self) -> bool:
+        """Whether what is differentiated does not depend on those after it, where the
+        start of the step is known."""
+        others = self.couplings[self._first_shift + 1 :]
+        return all(map(self.solver.is_constant, others))
 
     def _known_others(self, start: Start, fixed: PyTree) -> tuple[PyTree, ...]:
         """What that depends on. Nothing has to be undone for it."""
@@ -170,7 +178,12 @@ class CouplingPullback(AbstractPullback):
                 known = solver.split(start.y, start.solver_state).value
                 value = value0 = start.select(known, value0)
             arguments = constant, (*varying, others, value)
-            undone[k] = self._undo(fns, k, registers, fixed, arguments, want_dense_info)
+            is_needed: Any = True
+            if k > self._first_shift and self._rebuilds_by_constants:
+                is_needed = start.is_rebuilt | want_dense_info
+            undone[k] = self._undo(
+                fns, k, registers, fixed, arguments, want_dense_info, is_needed
+            )
         registers0 = tuple(registers)
         if solver.has_evaluate:
             # All linearisations of `evaluate` differ only in their residuals.
@@ -235,14 +248,18 @@ class CouplingPullback(AbstractPullback):
 
         return Rebuilt(*rebuilt, dense_info, pull)
 
-    def _undo(self, fns, k, registers, fixed, arguments, want_dense_info) -> "_Undone":
+    def _undo(
+        self, fns, k, registers, fixed, arguments, want_dense_info, is_needed
+    ) -> "_Undone":
         """Undoes a coupling, in place."""
         coupling = self.couplings[k]
         shift, info, pull = None, {}, None
         constant, varying = arguments
         if coupling.shift is not None:
             if self.solver.is_constant(coupling) and not want_dense_info:
-                shift, info = fns.call(f"shift_{k}", *constant, *varying)
+                # (A branch even so is not free.)
+                call = lambda: fns.call(f"shift_{k}", *constant, *varying)[0]
+                shift = call() if is_needed is True else _if(is_needed, call)
             else:
                 (shift, info), pull = fns.vjp(f"shift_{k}", constant, varying)
         scale, pull_scale = self._scale(fns, k, fixed)
@@ -275,6 +292,13 @@ class CouplingPullback(AbstractPullback):
             coupling.add_others(grads, grad_others)
             grads[:] = self._drop_constants(grads)
         return grad_value
+
+
+def _if(pred, call: Callable) -> PyTree:
+    """What it returns, or zero."""
+    struct = jax.eval_shape(call)
+    zeros = lambda: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
+    return lax.cond(pred, call, zeros)
 
 
 class _Undone(NamedTuple):

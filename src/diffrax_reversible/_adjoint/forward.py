@@ -66,6 +66,9 @@ class Ends(NamedTuple):
         )
 
 
+_KEPT, _WANTED = 1, 2
+
+
 class _Row(NamedTuple):
     """What is carried from step to step besides the host's state."""
 
@@ -74,10 +77,10 @@ class _Row(NamedTuple):
     steps: Steps
     num_copied: Array
     t_last: Array
-    # Of the last step: whether its start is wanted, or may be kept anyway; and its
-    # start.
-    is_wanted: Array
-    is_candidate: Array
+    num_wanted: Array
+    # Of the last step: `_KEPT` if its start may be kept, `_WANTED` if it is wanted; and
+    # its start.
+    mark: Array
     start: PyTree
 
 
@@ -165,11 +168,12 @@ class Forward:
         t_last: Array | None = None,
         capacity: Any = None,
         stop: Array | None = None,
+        records: Any = True,
     ):
-        """The host's loop, from its start. Or from elsewhere, where the step before
-        ended at `t_last`, until `stop` accepted steps have been made; it then puts
-        states on top of those that are in `slots`, of which it uses `capacity`. Returns
-        the host's final state, and the record."""
+        """The host's loop, from its start; without a record unless `records`. Or from
+        elsewhere, where the step before ended at `t_last`, until `stop` accepted steps
+        have been made; it then puts states on top of those that are in `slots`, of
+        which it uses `capacity`. Returns the host's final state, and the record."""
         if slots is None:
             slots, capacity = self.empty_slots(init_state), self.num_slots
         t_before: Array = init_state.tprev if t_last is None else t_last
@@ -193,18 +197,21 @@ class Forward:
         def ends(state, row):
             n = state.num_accepted_steps
             is_full = (n % BLOCK == 0) & (n > row.num_copied)
-            return any_unfinished(is_full, state)
+            return any_unfinished(is_full & records, state)
 
         def inner_cond(carry):
             state, row = carry
             out = unfinished(state) & ~ends(state, row)
-            return out & ~any_unfinished(row.is_candidate, state)
+            return out & ~any_unfinished(row.mark > 0, state)
 
         def inner_body(carry):
             state, row = carry
             is_done = ~unfinished(state)
             new_state = body_fun(state)
-            row = self._append(row, state, new_state, is_done, start)
+            if self.format.made_jump is False:
+                # (So that XLA knows that it does not change.)
+                new_state = replace(new_state, made_jump=state.made_jump)
+            row = self._append(row, state, new_state, is_done, start, records)
             if stop is None:
                 # (Where steps are made again it has tangents.)
                 row = row._replace(start=stop_gradient(row.start))
@@ -216,60 +223,61 @@ class Forward:
 
         def outer_cond(carry):
             state, row, *_ = carry
-            return unfinished(state) | (state.num_accepted_steps > row.num_copied)
+            is_left = state.num_accepted_steps > row.num_copied
+            return unfinished(state) | (is_left & records)
 
         def outer_body(carry):
-            state, row, steps, keeping, num_wanted = carry
+            state, row, steps, keeping = carry
             state, row = eqxi.while_loop(
                 inner_cond, inner_body, (state, row), buffers=inner_buffers, kind="lax"
             )
-            # (Of a candidate the last step has been accepted.)
-            index = state.num_accepted_steps - 1
-            keeping = keeping.add(index, row.start, row.is_candidate, capacity)
-            num_wanted = num_wanted + jnp.where(row.is_wanted, 1, 0)
+            # (If it may be kept then the last step has been accepted.)
+            index, is_wanted = state.num_accepted_steps - 1, row.mark == _WANTED
+            keeping = keeping.add(index, row.start, row.mark > 0, is_wanted, capacity)
             # (Once for all of a batch, or each that ends would have all copied.)
             is_end = ends(state, row) | ~eqxi.unvmap_any(unfinished(state))
             n = state.num_accepted_steps
             steps = lax.cond(is_end, lambda: self._copy(steps, row, n), lambda: steps)
-            no = jnp.array(False)
-            row = row._replace(
-                num_copied=jnp.where(is_end, n, row.num_copied),
-                is_wanted=no,
-                is_candidate=no,
-            )
-            return state, row, steps, keeping, num_wanted
+            num_copied = jnp.where(is_end, n, row.num_copied)
+            row = row._replace(num_copied=num_copied, mark=jnp.zeros_like(row.mark))
+            return state, row, steps, keeping
 
         def outer_buffers(carry):
-            state, row, steps, keeping, _ = carry
+            state, row, steps, keeping = carry
             return [*buffers(state), row.steps, steps, keeping.slots.states]
 
         start = jnp.asarray(init_state.num_accepted_steps)
-        no, zero = jnp.array(False), jnp.array(0)
+        zero = jnp.array(0)
         row = _Row(
             steps=self.format.empty_row(init_state),
             num_copied=start,
             t_last=t_before,
-            is_wanted=no,
-            is_candidate=no,
+            num_wanted=zero,
+            mark=jnp.array(0, jnp.uint8),
             start=self.kept(init_state, t_before),
         )
-        state, row, steps, keeping, num_wanted = eqxi.while_loop(
+        state, row, steps, keeping = eqxi.while_loop(
             outer_cond,
             outer_body,
             (
                 init_state,
                 row,
                 self.format.empty(init_state),
-                Keeping(slots, slots.count, jnp.array(1), zero),
-                zero,
+                Keeping.of(slots),
             ),
             buffers=outer_buffers,
             kind="lax",
         )
-        return state, Record(steps, keeping.slots, num_wanted, row.t_last)
+        return state, Record(steps, keeping.slots, row.num_wanted, row.t_last)
 
     def _append(
-        self, row: _Row, state, new_state, is_done: Array, start: Array
+        self,
+        row: _Row,
+        state,
+        new_state,
+        is_done: Array,
+        start: Array,
+        records: Any,
     ) -> _Row:
         """Called after every attempted step. `is_done` if it is none, as it is made
         after the end of a solve for the sake of others in a batch."""
@@ -284,6 +292,9 @@ class Forward:
         entry = stop_gradient(entry)
         if self._checkpoint_every is not None:
             is_wanted = is_wanted | (index % self._checkpoint_every == 0)
+        # (If there are hardly more steps than slots then nothing has to be rebuilt.)
+        may_be_kept = (index % self.grid == 0) | (index <= self.num_slots)
+        mark = jnp.where(is_wanted, _WANTED, jnp.where(may_be_kept, _KEPT, 0))
         # (The start of the loop is there anyway.)
         is_inside = accepted & (index > start)
 
@@ -299,8 +310,8 @@ class Forward:
             t_last=jnp.where(
                 accepted, jnp.where(is_consistent, state.tnext, jnp.nan), row.t_last
             ),
-            is_wanted=is_inside & is_wanted,
-            is_candidate=is_inside & (is_wanted | (index % self.grid == 0)),
+            num_wanted=row.num_wanted + jnp.where(is_inside & is_wanted, 1, 0),
+            mark=jnp.where(is_inside & records, mark, 0).astype(row.mark.dtype),
             start=self.kept(state, row.t_last),
         )
 

@@ -37,6 +37,12 @@ class Derivative(NamedTuple):
     sum_over_batch: bool | Literal["auto"]
     throw: bool
 
+    def run(self, inputs: Inputs, records: bool) -> tuple[Any, Record]:
+        """The solve: the final state, and if it `records` what is left for the way
+        back."""
+        init_state, times, consts, _ = inputs
+        return self.hoisted.call("run", consts, init_state, times, jnp.array(records))
+
 
 class Parts(NamedTuple):
     """The inputs of a solve, and what is left of it."""
@@ -82,9 +88,7 @@ class Problem(NamedTuple):
     def final_state(self, arrays: Sequence[Array], given: Sequence[int]) -> list[Array]:
         """Those of its inexact arrays, from those of the inputs."""
         inputs = self.unflatten(arrays).inputs
-        final_state, _ = self.derivative.hoisted.call(
-            "run", inputs.consts, inputs.init_state, inputs.times
-        )
+        final_state, _ = self.derivative.run(inputs, records=False)
         leaves = jtu.tree_leaves(eqx.filter(final_state, eqx.is_inexact_array))
         return [leaves[i] for i in given]
 

@@ -38,6 +38,8 @@ class Start(NamedTuple):
 
     # Whether it is known.
     is_known: Array
+    # Whether it is asked for what it is rebuilt as, even so, in any of a batch.
+    is_rebuilt: Array
     y: PyTree
     solver_state: PyTree
 
@@ -65,7 +67,7 @@ class Grads(NamedTuple):
 
 
 class Rebuilt(NamedTuple):
-    # As they were rebuilt, whatever is known.
+    # As they were rebuilt, whatever is known; or anything, if that is not asked for.
     y0: PyTree
     solver_state: PyTree
     # `None` unless it was asked for.

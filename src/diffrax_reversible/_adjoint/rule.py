@@ -84,10 +84,15 @@ def outer_while_loop(
     *told, unknown = times_.controller_times(stepsize_controller)
     times = times_.Times(init_state.tprev, t1, tuple(sub.ts for sub in subs), *told)
 
-    def run(init_state, times):
+    def run(init_state, times, records):
         body = _located(times, body_fun)
         final_state, record = forward.run(
-            cond_fun, body, init_state, max_steps=max_steps, buffers=buffers
+            cond_fun,
+            body,
+            init_state,
+            max_steps=max_steps,
+            buffers=buffers,
+            records=records,
         )
         return _located_at_end(times, final_state), record
 
@@ -106,7 +111,7 @@ def outer_while_loop(
     for i, sub in enumerate(subs):
         save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts
-    hoister.add("run", run, init_state, times)
+    hoister.add("run", run, init_state, times, jnp.array(True))
     if forward.format.is_window:
         bare_cond, bare_body, bare_buffers = bare_loop()
         bare_state = without_saving(init_state)
@@ -142,7 +147,7 @@ def outer_while_loop(
         throw,
     )
     inputs = Inputs(init_state, times, without_tangents(consts), unknown)
-    final_state, record = _loop(inputs, derivative=derivative)
+    final_state, record = _loop(inputs, derivative=derivative, records=False)
     # Handed to `loop` past the host, which calls this.
     num_checkpoints.append(record.num_wanted)
     # The locations of the steps are constants, and what else depends on them alone; and
@@ -182,16 +187,17 @@ def _located_at_end(times: times_.Times, state):
 
 
 @eqx.filter_custom_jvp
-def _loop(inputs: Inputs, *, derivative: Derivative) -> tuple[Any, Record]:
-    return derivative.hoisted.call(
-        "run", inputs.consts, inputs.init_state, inputs.times
-    )
+def _loop(
+    inputs: Inputs, *, derivative: Derivative, records: bool
+) -> tuple[Any, Record]:
+    return derivative.run(inputs, records)
 
 
 @_loop.def_jvp
-def _loop_jvp(primals, tangents, *, derivative: Derivative):
+def _loop_jvp(primals, tangents, *, derivative: Derivative, records: bool):
+    del records
     (inputs,), (t_inputs,) = primals, tangents
     # (By itself, so that it can be differentiated again.)
-    final_state, record = _loop(inputs, derivative=derivative)
+    final_state, record = _loop(inputs, derivative=derivative, records=True)
     t_final_state = differentiate(derivative, inputs, final_state, record, t_inputs)
     return (final_state, record), (t_final_state, jtu.tree_map(lambda _: None, record))

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -59,18 +60,16 @@ class Slots(NamedTuple):
     def pop(self, pred: Array) -> "Slots":
         return self._replace(count=self.count - jnp.where(pred, 1, 0))
 
-    def drop_every_other(self, base: Array, pred: Array) -> "Slots":
-        """Of those above the first `base`, if `pred`, frees the 1st, 3rd, 5th, ..."""
-        k = jnp.arange(self.size)
-        above, num_above = k - base, self.count - base
-        num_kept = num_above // 2
-        # Those that stay, and then those that are free now.
-        old = jnp.where(above < num_kept, 2 * above + 1, 2 * (above - num_kept))
-        is_moved = pred & (above >= 0) & (k < self.count)
-        return self._replace(
-            order=self.order[jnp.where(is_moved, base + old, k)],
-            count=jnp.where(pred, base + num_kept, self.count),
-        )
+    def keep_only(self, is_kept: Array, pred: Array) -> "Slots":
+        """Of those in use, if `pred`, frees all others. `is_kept` is in the order of
+        the stack. (This copies no state.)"""
+        is_used = jnp.arange(self.size) < self.count
+        is_kept = jnp.where(pred, is_kept, True) & is_used
+        num_kept = jnp.sum(is_kept)
+        # Those that stay, and then those that are free, each in their order.
+        place = jnp.where(is_kept, jnp.cumsum(is_kept), num_kept + jnp.cumsum(~is_kept))
+        order = jnp.zeros_like(self.order).at[place - 1].set(self.order)
+        return self._replace(order=order, count=num_kept.astype(self.count.dtype))
 
 
 def empty(size: int, state: PyTree) -> Slots:
@@ -84,30 +83,59 @@ def empty(size: int, state: PyTree) -> Slots:
 
 
 class Keeping(NamedTuple):
-    """Which of the candidates are kept, if it is not known how many there will be: each
-    `stride`th of them. When the slots are full, every other one of them is dropped, and
-    the stride is doubled. So they are always spread evenly."""
+    """Which states are kept, if it is not known how many there will be. When the slots
+    are full, those that are not wanted are dropped. If there are none, then every other
+    one is dropped, and from then on half as many of those wanted are kept: so they are
+    always spread evenly."""
 
     slots: Slots
-    # Those slots that are not to be touched.
+    # Those slots, from the bottom of the stack, that are not to be touched.
     base: Array
+    # Of each slot: whether the state in it is wanted.
+    is_wanted: Array
+    # Of how many that are wanted one is kept, and how many there were.
     stride: Array
-    num_candidates: Array
+    num_wanted: Array
+
+    @classmethod
+    def of(cls, slots: Slots) -> "Keeping":
+        zero = jnp.zeros_like(slots.count)
+        return cls(slots, slots.count, jnp.zeros(slots.size, bool), zero + 1, zero)
 
     def add(
-        self, number: Array, state: PyTree, pred: Array, capacity: Any
+        self, number: Array, state: PyTree, pred: Array, is_wanted: Array, capacity: Any
     ) -> "Keeping":
-        """The next candidate, if `pred`. No more than `capacity` slots are used."""
-        num_candidates = self.num_candidates + jnp.where(pred, 1, 0)
-        is_kept = pred & (num_candidates % self.stride == 0)
-        is_full = is_kept & (self.slots.count >= capacity)
-        stride = jnp.where(is_full, 2 * self.stride, self.stride)
-        # (This copies no state.)
-        slots = self.slots.drop_every_other(self.base, is_full)
-        # There may be no room even so.
-        is_kept = is_kept & (num_candidates % stride == 0) & (slots.count < capacity)
-        return self._replace(
-            slots=slots.push(number, state, is_kept),
-            stride=stride,
-            num_candidates=num_candidates,
+        """The next state, if `pred`. No more than `capacity` slots are used."""
+        num_wanted = self.num_wanted + jnp.where(is_wanted, 1, 0)
+        pred = pred & (~is_wanted | (num_wanted % self.stride == 0))
+        is_full = pred & (self.slots.count >= capacity)
+        order, count, stride = lax.cond(
+            eqxi.unvmap_any(is_full),
+            lambda: self._make_room(is_full, is_wanted),
+            lambda: (self.slots.order, self.slots.count, self.stride),
         )
+        # There may be no room even so.
+        pred = pred & (~is_wanted | (num_wanted % stride == 0)) & (count < capacity)
+        slots = self.slots._replace(order=order, count=count)
+        slots = slots.push(number, state, pred)
+        slot = order[jnp.minimum(count, slots.size - 1)]
+        here = (jnp.arange(slots.size) == slot) & pred
+        return self._replace(
+            slots=slots,
+            is_wanted=jnp.where(here, is_wanted, self.is_wanted),
+            stride=stride,
+            num_wanted=num_wanted,
+        )
+
+    def _make_room(self, pred: Array, is_wanted: Array) -> tuple[Array, Array, Array]:
+        """`slots.order`, `slots.count` and `stride`."""
+        k = jnp.arange(self.slots.size)
+        others = ~self.is_wanted[self.slots.order]
+        others = others & (k >= self.base) & (k < self.slots.count)
+        has_others = jnp.any(others)
+        halves = pred & is_wanted & ~has_others
+        dropped = jnp.where(
+            has_others, others, (k >= self.base) & ((k - self.base) % 2 == 0)
+        )
+        slots = self.slots.keep_only(~dropped, halves | (pred & has_others))
+        return slots.order, slots.count, jnp.where(halves, 2 * self.stride, self.stride)

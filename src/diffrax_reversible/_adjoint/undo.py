@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._compat import is_save_state
+from .._jax_compat import eqxi
 from .._method.tree import tree_add
 from . import save as save, times as times_
 from .forward import Ends
@@ -52,7 +53,9 @@ class Segment(NamedTuple):
     target: Array
     y: PyTree
     solver_state: PyTree
-    # Whether that of every step is.
+    # Whether that is the next step, so that nothing has to be rebuilt.
+    is_single: Array
+    # Whether that of every step is known.
     is_whole: Array
 
 
@@ -182,6 +185,7 @@ class Undo:
         start = (segment.y, segment.solver_state)
         start = Start(
             (number == segment.target) | ~active,
+            eqxi.unvmap_any(active & ~segment.is_single),
             *_keep(active, start, (step.y1, step.solver_state)),
         )
         rebuilt = self._pullback.rebuild(

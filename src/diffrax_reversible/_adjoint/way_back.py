@@ -21,7 +21,7 @@ from .forward import Ends, Forward, Record
 from .functions import Functions
 from .replay import make_again
 from .slots import Slots
-from .steps import Block, BLOCK, Window
+from .steps import BLOCK, Block, Window
 from .undo import Carry, Segment, Undo
 from .windows import restored, Windows
 
@@ -233,6 +233,8 @@ class WayBack:
 
         target = slots.top()
         has_target = target >= first
+        # Then nothing has to be rebuilt.
+        is_single = has_target & (progress.since - target <= 1)
         kept = slots.top_state(self._windows.kept_initial)
         y, solver_state = restored(True, kept, self._initial)
         segment = Segment(
@@ -241,6 +243,7 @@ class WayBack:
             jnp.where(has_target, target, -1),
             y,
             solver_state,
+            is_single,
             window.every == 1,
         )
         limit = jnp.where(has_target, target, first)
@@ -258,9 +261,7 @@ class WayBack:
             carry,
         )
         arrives = moves & has_target & (carry.num_steps == target)
-        # Of a segment of one step, nothing has been rebuilt.
-        is_rebuilt = (progress.since - target > 1) & ~block.is_needed[last - target]
-        checks = arrives & is_rebuilt
+        checks = arrives & ~is_single & ~block.is_needed[last - target]
         differs = jnp.zeros_like(progress.has_failed)
         if self._rebuilds:
             differs = lax.cond(
