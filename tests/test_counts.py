@@ -59,7 +59,7 @@ class Counter:
         return out
 
 
-def _count(solver, controller=None, pair=False, interpolates=True):
+def _count(solver, controller=None, pair=False, interpolates=True, checkpoints=0):
     counter = Counter()
     term = diffrax.ODETerm(lambda t, y, args: counter.vector_field(y))
     terms = (term, term) if pair else term
@@ -77,7 +77,7 @@ def _count(solver, controller=None, pair=False, interpolates=True):
             (y0, y0) if pair else y0,
             stepsize_controller=controller or diffrax.ConstantStepSize(),
             saveat=saveat,
-            adjoint=dfxr.ReversibleAdjoint(checkpoints=0),
+            adjoint=dfxr.ReversibleAdjoint(checkpoints=checkpoints),
             max_steps=20,
         )
         loss = sum(jnp.sum(x) for x in jax.tree.leaves(sol.ys))
@@ -90,7 +90,7 @@ def _count(solver, controller=None, pair=False, interpolates=True):
     jax.block_until_ready(jax.jit(jax.grad(solve, has_aux=True))(y0))
     evaluations, pullbacks = counter.take()
     # Two of each to compare what has been rebuilt with the start.
-    compared = 0 if pair else 2
+    compared = 0 if pair or checkpoints > 0 else 2
     backward = evaluations - forward[0] - compared
     return int(num_steps), forward[0], backward, pullbacks - compared
 
@@ -117,6 +117,15 @@ def test_evaluations_u_reversible(base, stages, adaptive, interpolates):
     # The second increment is not differentiated, but for the slope at the end of the
     # step if that is a part of the interpolation.
     assert pullbacks == (stages + interpolates) * n
+
+
+@pytest.mark.parametrize("base,stages", [(diffrax.Heun(), 2), (diffrax.Tsit5(), 6)])
+def test_evaluations_where_every_state_is_kept(base, stages):
+    n, forward, backward, pullbacks = _count(
+        dfxr.UReversible(base), interpolates=False, checkpoints=20
+    )
+    assert forward == 2 * stages * n
+    assert backward == pullbacks == stages * n
 
 
 def test_evaluations_u_reversible_with_a_number():
