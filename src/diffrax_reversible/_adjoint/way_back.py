@@ -26,8 +26,8 @@ from .undo import Carry, Segment, Undo
 from .windows import restored, Windows
 
 
-# How many states are wanted if the first attempt failed: one of so many; in the next
-# attempt all.
+# How many states are wanted if an attempt failed: one of so many. If that would not
+# have helped, as it failed over fewer steps, then all.
 _DENSE = 16
 # More than there are steps.
 _NEVER = 2**31 - 1
@@ -42,7 +42,8 @@ class Progress(NamedTuple):
     since: Array
     # Whether something was found to differ.
     has_failed: Array
-    # Of how many steps one is wanted besides those that the solver wants.
+    # Of how many steps one is wanted besides those that the solver wants. (In the next
+    # attempt, once this one has failed.)
     every: Array
 
 
@@ -170,14 +171,12 @@ class WayBack:
 
     def _again(self, progress: Progress) -> Progress:
         """From the end, all of a batch."""
-        is_first = progress.every > _DENSE
-        every = jnp.where(is_first, jnp.minimum(progress.every, _DENSE), 1)
         return Progress(
             carry=self._undo.start(self._ends.y, self._ends.solver_state),
             slots=progress.slots._replace(count=jnp.zeros_like(progress.slots.count)),
             since=self._num_steps,
             has_failed=jnp.zeros_like(progress.has_failed),
-            every=every,
+            every=progress.every,
         )
 
     def _walk_window(self, progress: Progress, window: Window) -> Progress:
@@ -269,14 +268,17 @@ class WayBack:
                 lambda: self._differs(carry, segment, progress.since, checks),
                 lambda: differs,
             )
+        # (Together, so that what a batch shares stays shared.)
+        fails, is_short = checks & differs, progress.since - target <= _DENSE
+        is_last = eqxi.unvmap_any(fails & is_short) | (progress.every <= _DENSE)
+        fails = eqxi.unvmap_any(fails)
         y1, solver_state1 = restored(arrives, kept, (carry.y1, carry.solver_state))
         return Progress(
             carry=carry._replace(y1=y1, solver_state=solver_state1),
             slots=slots.pop(arrives & (slots.count > 0)),
             since=jnp.where(arrives, target, progress.since),
-            # (Together, so that what a batch shares stays shared.)
-            has_failed=progress.has_failed | eqxi.unvmap_any(checks & differs),
-            every=progress.every,
+            has_failed=progress.has_failed | fails,
+            every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
 
     def _make_again(
