@@ -32,7 +32,7 @@ S = jnp.array([0.5, 1.0, 2.0])
 ADJOINT = dfxr.ReversibleAdjoint(sum_over_batch=True)
 
 
-def _loss(solver, controller, saveat, w, y0, s, adjoint=ADJOINT):
+def _loss(solver, controller, saveat, w, y0, s, adjoint=ADJOINT, throw=True):
     args = {"w": w, "label": "args", "count": jnp.array(2)}
 
     def vector_field(t, y, args):
@@ -50,6 +50,7 @@ def _loss(solver, controller, saveat, w, y0, s, adjoint=ADJOINT):
         stepsize_controller=controller,
         adjoint=adjoint,
         max_steps=128,
+        throw=throw,
     )
     return weighted_sum(sol.ys)
 
@@ -106,6 +107,14 @@ def test_sum(solver, controller, saveat):
         # Of each element: they are to be kept apart.
         per_example = jax.jit(jax.vmap(jax.grad(loss, argnums), (None, 0, 0)))
         assert relative_difference(per_example(W, Y0, S), each) < TOL
+
+
+@pytest.mark.parametrize("controller", [CONSTANT, PID], ids=["constant", "PID"])
+def test_sum_without_throw(controller):
+    # What is marked as unknown, where it is, is marked for the sum as a whole.
+    loss = ft.partial(_loss, RK, controller, _end, throw=False)
+    summed = jax.jit(jax.grad(_total(loss), (0, 1, 2)))(W, Y0, S)
+    assert relative_difference(summed, _summed(_one_by_one(loss, W, Y0, S))) < TOL
 
 
 def _shared_loss(kind, solver, sum_over_batch, w, t1, x):

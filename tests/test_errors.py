@@ -12,6 +12,7 @@ import pytest
 
 import diffrax_reversible as dfxr
 from diffrax_reversible._adjoint.adjoint import _check_sum_over_batch
+from diffrax_reversible._adjoint.batch import Batch
 from diffrax_reversible._adjoint.check import check
 from diffrax_reversible._solver.asynchronous_leapfrog import _check_damping
 from diffrax_reversible._solver.bases import check_base
@@ -514,8 +515,9 @@ def _check(**kwargs):
         is_consistent=jnp.array(True),
         event_is_lost=None,
         throw=True,
+        batch=Batch((), ()),
     )
-    return check(jnp.ones(2), jnp.ones(2), **{**fine, **kwargs})
+    return check(jnp.ones(2), {}, jnp.ones(2), **{**fine, **kwargs})
 
 
 def _sde(solver):

@@ -60,7 +60,8 @@ def test_order_of_gradient(solver, order, num_steps, monkeypatch):
 
 @pytest.mark.parametrize("step", [1.0, 0.1])
 def test_defect_is_cured(step):
-    # Whatever the defect of the way back, the gradient is that of the steps.
+    # Whatever the defect of the way back, the gradient is that of the steps; to what
+    # verification lets pass of it, over the few that are rebuilt.
     params = (jax.random.normal(jax.random.key(0), (3, 3)), jnp.array([1.0, 0.5, -0.2]))
     ours, expected = [
         _gradient(dfxr.EES25(), adjoint, step, params)
@@ -69,7 +70,7 @@ def test_defect_is_cured(step):
             diffrax.RecursiveCheckpointAdjoint(),
         )
     ]
-    assert relative_difference(ours, expected) < 1e-13
+    assert relative_difference(ours, expected) < 1e-12
 
 
 @pytest.mark.parametrize("solver", [dfxr.EES25(), dfxr.EES27()])

@@ -119,6 +119,13 @@ class Batch(NamedTuple):
 
         return {i: one(i, x) for i, x in grads.items()}
 
+    def all(self, i: int, pred: Array) -> Array:
+        """Whether it is true of all over which the gradient of a constant is summed."""
+        for level in self.levels:
+            if not level.is_batched[i]:
+                pred = jnp.all(_whole(level, pred), axis=0)
+        return pred
+
     def vmap(self, fn: Callable, indices: Sequence[int]) -> Callable:
         """`fn(consts, args)` for the whole batch, `consts` being those numbered so."""
         for level in self.levels:

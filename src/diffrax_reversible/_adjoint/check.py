@@ -1,6 +1,7 @@
 """What can go wrong with a gradient though the solution is right."""
 
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
+from .batch import Batch
 
 
 def all_finite(tree: PyTree) -> Array:
@@ -18,13 +20,15 @@ def all_finite(tree: PyTree) -> Array:
 
 def check(
     grads: PyTree,
+    grad_consts: dict[int, Any],
     grad_final_state: PyTree,
     is_consistent: Array,
     event_is_lost: Array | None,
     throw: bool,
-) -> PyTree:
+    batch: Batch,
+) -> tuple[PyTree, dict[int, Any]]:
     """Raises an error, or without `throw` makes that gradient (of this element of a
-    batch) NaN."""
+    batch, and of constants what is summed over it) NaN."""
     messages = [
         "`adjoint=ReversibleAdjoint()` does not support a step size controller that "
         "starts a step elsewhere than at the end of the step before (or, at a jump, "
@@ -40,12 +44,22 @@ def check(
     ]
     lost = jnp.array(False) if event_is_lost is None else event_is_lost
     # If it is not finite then that is not for what it was pulled back from.
-    overflow = ~all_finite(grads) & all_finite(grad_final_state)
+    is_finite = all_finite((grads, grad_consts))
+    overflow = ~is_finite & all_finite(grad_final_state)
     wrong = jnp.stack([~is_consistent, lost, overflow])
-    is_wrong = jnp.any(wrong)
-    if throw:
-        which = eqxi.unvmap_max(jnp.argmax(wrong))
-        return eqxi.branched_error_if(grads, is_wrong, which, messages)
     # (What is not finite is left as it is: others may be right.)
-    is_unknown = jnp.any(wrong[:2])
-    return jtu.tree_map(lambda g: jnp.where(is_unknown, jnp.nan, g), grads)
+    is_known = ~jnp.any(wrong[:2])
+    if throw:
+        # (Of one number, as what is handed through takes memory; and the same for all
+        # of a batch, as their sum must stay.)
+        which, yes = eqxi.unvmap_max(jnp.argmax(wrong)), jnp.array(True)
+        is_known = eqxi.branched_error_if(yes, jnp.any(wrong), which, messages)
+
+    def mark(is_known, grads):
+        return jtu.tree_map(lambda g: jnp.where(is_known, g, jnp.nan), grads)
+
+    grad_consts = {
+        i: mark(is_known if throw else batch.all(i, is_known), g)
+        for i, g in grad_consts.items()
+    }
+    return mark(is_known, grads), grad_consts

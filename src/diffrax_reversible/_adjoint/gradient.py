@@ -78,16 +78,24 @@ def walk_back(
         rebuilds=rebuilds,
     )
     carry = way_back.walk().carry
-    grads_out = (carry.grad_y1, carry.grad_solver_state)
-    grads_out = (*grads_out, fns.sum_consts(carry.grad_consts), carry.grad_times)
-    grads_out = check(
-        grads_out,
+    (grad_y0, grad_solver_state0, grad_times), grad_consts = check(
+        (carry.grad_y1, carry.grad_solver_state, carry.grad_times),
+        fns.sum_consts(carry.grad_consts),
         grad_final_state,
         record.is_consistent,
         undo.event_is_lost(),
         derivative.throw,
+        fns.batch,
     )
-    found = _of_inputs(init_state, grad_final_state, len(consts), *grads_out)
+    found = _of_inputs(
+        init_state,
+        grad_final_state,
+        len(consts),
+        grad_y0,
+        grad_solver_state0,
+        grad_consts,
+        grad_times,
+    )
     nothing = jtu.tree_map(lambda _: None, numbers.unknown)
     found = found._replace(unknown=nothing)
     by_number: dict[int, Array] = {}
