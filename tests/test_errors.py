@@ -514,6 +514,7 @@ def _check(**kwargs):
     fine = dict(
         is_consistent=jnp.array(True),
         event_is_lost=None,
+        is_lost=jnp.array(False),
         throw=True,
         batch=Batch((), ()),
     )
@@ -620,6 +621,9 @@ PROVOKED = {
     "has no third derivatives": "test_third_derivatives",
     "cannot differentiate in forward mode with respect": "test_forward_mode_of_step_ts",
     # When its gradient has been computed. (By solves: elsewhere.)
+    "could not make the states of this": lambda: jax.block_until_ready(
+        _check(is_lost=jnp.array(True))
+    ),
     "The gradient is not finite": "test_stability.py::test_gradient_not_finite",
     "starts a step elsewhere than": lambda: jax.block_until_ready(
         jax.grad(

@@ -37,17 +37,20 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     **Stored states:** Some steps cannot be undone, and where the solution contracts
     undoing a step amplifies rounding errors. So the solver says at which steps the
-    state should be stored; `sol.stats["num_checkpoints"]` is how many these are. If
-    there are more of them than `checkpoints`, then every other one is dropped, as often
-    as it takes. What was dropped is recomputed on the backward pass, forwards from the
-    last stored state. (With `checkpoints=32` that is half a forward solve in all if 64
-    states are wanted, and 1.6 if it is 1000.)
+    state should be stored; `sol.stats["num_checkpoints"]` is how many these are. (All
+    others are stored too while there is room.) If there are more of them than
+    `checkpoints`, then every other one is dropped, as often as it takes. What was
+    dropped is recomputed on the backward pass, forwards from the last stored state, by
+    steps of the recorded sizes. (With `checkpoints=32` that is half a forward solve in
+    all if 64 states are wanted, and 1.6 if it is 1000.)
 
     **Verification:** At each stored state, and at the start, what was rebuilt is
     compared with it: each element of the state, and what the vector field does with a
     gradient there. If they differ, then the backward pass begins anew with the state at
-    every 16th step wanted, and then with that at every step, so that nothing is
-    rebuilt. An error in what is rebuilt costs time, and does not change the result.
+    every 16th step wanted, or that at every step, so that nothing is rebuilt. An error
+    in what is rebuilt costs time, and does not change the result. An error in what is
+    recomputed, where steps of given sizes amplify rounding, is raised: as it has no
+    cure but more `checkpoints`.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event
@@ -88,7 +91,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     - `RuntimeError`, raised by the gradient alone and under `jax.jit` too, if the
         gradient is not finite though the solution that it is pulled back from is; if a
         step size controller starts a step elsewhere than at the end of the step before;
-        and if a solve with an event stops at `max_steps` with a rejected step. With
+        if the states of a solve cannot be recomputed, see above; and if a solve with an event stops at `max_steps` with a rejected step. With
         `diffeqsolve(throw=False)` the gradient is not finite instead, under `jax.vmap`
         for that element of the batch alone.
 

@@ -24,6 +24,7 @@ def check(
     grad_final_state: PyTree,
     is_consistent: Array,
     event_is_lost: Array | None,
+    is_lost: Array,
     throw: bool,
     batch: Batch,
 ) -> tuple[PyTree, dict[int, Any]]:
@@ -37,23 +38,27 @@ def check(
         "`adjoint=ReversibleAdjoint()` does not support a solve with an event that "
         "stops at `max_steps` with a rejected step, as one element of this batch does. "
         "Use a larger `max_steps`.",
+        "`adjoint=ReversibleAdjoint()` could not make the states of this solve again: "
+        "rounding errors grow too much from one that is stored to the next. Use a "
+        "larger `ReversibleAdjoint(checkpoints=...)`.",
         "The gradient is not finite, though the solution that it was pulled back from "
         "is. Look for functions in the vector field whose derivative is not finite, "
         "such as `jnp.sqrt` at zero. Use `diffeqsolve(throw=False)` for a NaN in place "
         "of this error.",
     ]
-    lost = jnp.array(False) if event_is_lost is None else event_is_lost
+    no_event = jnp.array(False) if event_is_lost is None else event_is_lost
     # If it is not finite then that is not for what it was pulled back from.
     is_finite = all_finite((grads, grad_consts))
     overflow = ~is_finite & all_finite(grad_final_state)
-    wrong = jnp.stack([~is_consistent, lost, overflow])
+    wrong = jnp.stack([~is_consistent, no_event, is_lost, overflow])
     # (What is not finite is left as it is: others may be right.)
-    is_known = ~jnp.any(wrong[:2])
+    is_known = ~jnp.any(wrong[:3])
     if throw:
         # (Of one number, as what is handed through takes memory; and the same for all
         # of a batch, as their sum must stay.)
-        which, yes = eqxi.unvmap_max(jnp.argmax(wrong)), jnp.array(True)
-        is_known = eqxi.branched_error_if(yes, jnp.any(wrong), which, messages)
+        which, one = eqxi.unvmap_max(jnp.argmax(wrong)), jnp.array(1.0)
+        one = eqxi.branched_error_if(one, jnp.any(wrong), which, messages)
+        is_known = one == 1  # or NaN, if Equinox is told not to raise errors
 
     def mark(is_known, grads):
         return jtu.tree_map(lambda g: jnp.where(is_known, g, jnp.nan), grads)

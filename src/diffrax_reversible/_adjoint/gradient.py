@@ -77,13 +77,15 @@ def walk_back(
         rerun=ft.partial(hoisted.call, "rerun", consts, times),
         rebuilds=rebuilds,
     )
-    carry = way_back.walk().carry
+    progress = way_back.walk()
+    carry = progress.carry
     (grad_y0, grad_solver_state0, grad_times), grad_consts = check(
         (carry.grad_y1, carry.grad_solver_state, carry.grad_times),
         fns.sum_consts(carry.grad_consts),
         grad_final_state,
         record.is_consistent,
         undo.event_is_lost(),
+        progress.is_lost,
         derivative.throw,
         fns.batch,
     )

@@ -141,3 +141,18 @@ def _gradients_differ(
     bound = tol * (jnp.abs(total) + n * size)
     bound = bound + 1e3 * eps * n * jnp.max(size)
     return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
+
+
+def is_lost(rebuilt: PyTree, stored: PyTree, end: PyTree) -> Array:
+    """Whether `y` at the start of a step is not that from which its `end` was made: by
+    so much that the gradient is wrong. So it is if one of the two was made again, and
+    rounding has led elsewhere."""
+    out = jnp.array(False)
+    for a, b, c in zip(*map(jtu.tree_leaves, map(_inexact, (rebuilt, stored, end)))):
+        if b.size > 0:
+            tol = float(jnp.finfo(b.dtype).eps) ** 0.25
+            size = jnp.abs(b) + jnp.abs(c)
+            is_near = jnp.abs(a - b) <= tol * (size + rms(size))
+            # (What is not finite in the solution itself is nothing new.)
+            out = out | jnp.any(~is_near & jnp.isfinite(c))
+    return out

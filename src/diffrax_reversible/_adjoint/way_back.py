@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
+from .._method.coupling import AbstractCouplingSolver
 from . import verify as verify
 from .check import all_finite
 from .coupling_pullback import comparable
@@ -42,6 +43,8 @@ class Progress(NamedTuple):
     since: Array
     # Whether something was found to differ.
     has_failed: Array
+    # Whether what was made again is not what was made first, which is not to be cured.
+    is_lost: Array
     # Of how many steps one is wanted besides those that the solver wants. (In the next
     # attempt, once this one has failed.)
     every: Array
@@ -91,6 +94,13 @@ class WayBack:
         self._rebuilds = rebuilds
 
     @property
+    def _is_exact(self) -> bool:
+        """Whether `y` at the start of a step is known from its end to rounding, if the
+        rest of the start is given."""
+        solver = self._forward.solver
+        return isinstance(solver, AbstractCouplingSolver) and not solver.has_evaluate
+
+    @property
     def _initial(self) -> tuple[PyTree, PyTree]:
         return self._init_state.y, self._init_state.solver_state
 
@@ -103,6 +113,7 @@ class WayBack:
             slots=record.slots,
             since=self._num_steps,
             has_failed=jnp.array(False),
+            is_lost=jnp.array(False),
             every=every,
         )
         window = Window(record.steps, zero, self._init_state.tprev, every)
@@ -176,6 +187,7 @@ class WayBack:
             slots=progress.slots._replace(count=jnp.zeros_like(progress.slots.count)),
             since=self._num_steps,
             has_failed=jnp.zeros_like(progress.has_failed),
+            is_lost=jnp.zeros_like(progress.is_lost),
             every=progress.every,
         )
 
@@ -272,12 +284,18 @@ class WayBack:
         fails, is_short = checks & differs, progress.since - target <= _DENSE
         is_last = eqxi.unvmap_any(fails & is_short) | (progress.every <= _DENSE)
         fails = eqxi.unvmap_any(fails)
+        is_lost = progress.is_lost
+        if self._rebuilds and self._is_exact:
+            # (Also where nothing else is rebuilt: of a single step `y` is.)
+            found = verify.is_lost(carry.y1, segment.y, progress.carry.y1)
+            is_lost = is_lost | (arrives & is_single & found)
         y1, solver_state1 = restored(arrives, kept, (carry.y1, carry.solver_state))
         return Progress(
             carry=carry._replace(y1=y1, solver_state=solver_state1),
             slots=slots.pop(arrives & (slots.count > 0)),
             since=jnp.where(arrives, target, progress.since),
             has_failed=progress.has_failed | fails,
+            is_lost=is_lost,
             every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
 
