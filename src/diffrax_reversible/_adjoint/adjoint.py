@@ -91,7 +91,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     - `RuntimeError`, raised by the gradient alone and under `jax.jit` too, if the
         gradient is not finite though the solution that it is pulled back from is; if a
         step size controller starts a step elsewhere than at the end of the step before;
-        if the states of a solve cannot be recomputed, see above; and if a solve with an event stops at `max_steps` with a rejected step. With
+        if the states of a solve cannot be recomputed, see above; and if a solve with an
+        event stops at `max_steps` with a rejected step. With
         `diffeqsolve(throw=False)` the gradient is not finite instead, under `jax.vmap`
         for that element of the batch alone.
 
