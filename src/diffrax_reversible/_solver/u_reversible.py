@@ -412,9 +412,8 @@ UReversible.__init__.__doc__ = """**Arguments:**
 
 - `solver`: The solver to wrap; an instance of any [`diffrax.AbstractERK`][] or
     [`diffrax.AbstractSRK`][] that is given by its tableau. The stages of an ODE solver
-    are unrolled, or made by a loop, whichever is expected to run faster: unrolled if
-    `y` has at most 32 elements, or the vector field has a matrix product, a convolution
-    or a loop in it, and if that makes no more than 1000 operations in all stages.
+    are unrolled, or made by a loop if they have more than 1000 operations in all (or,
+    other than on CPUs, if the vector field is made of pointwise operations alone).
     `Tsit5(scan_kind="lax")` always makes them by a loop (of one kind, whichever is
     given), so that the vector field is compiled 3 times in a step and not `2s` times.
     Use that for vector fields that take long to compile.
