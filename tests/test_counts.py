@@ -186,19 +186,22 @@ def _deep(num_layers, y):
 
 
 @pytest.mark.parametrize(
-    "size,vector_field,in_a_loop",
+    "size,vector_field,expected",
     [
-        (3, jnp.sin, False),
-        (100, jnp.sin, True),
-        (100, jax.nn.relu, True),
-        (100, lambda y: jnp.ones((100, 100)) @ y, False),
-        (100, jax.jit(lambda y: jax.nn.relu(jnp.ones((100, 100)) @ y)), False),
-        (100, lambda y: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y), y), False),
-        (3, lambda y: _deep(100, y), True),
+        (3, jnp.sin, "unrolled"),
+        (100, jnp.sin, "apart"),
+        (100, jax.nn.relu, "apart"),
+        (100, lambda y: jnp.ones((100, 100)) @ y, "unrolled"),
+        (100, jax.jit(lambda y: jax.nn.relu(jnp.ones((100, 100)) @ y)), "unrolled"),
+        (
+            *(100, lambda y: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y), y)),
+            "unrolled",
+        ),
+        (3, lambda y: _deep(100, y), "in a loop"),
     ],
 )
-def test_stages_in_a_loop_by_default(size, vector_field, in_a_loop):
-    # Where XLA would fuse the stages into each other.
+def test_how_stages_are_made(size, vector_field, expected):
+    # Apart where XLA would fuse the stages into each other.
     num_traces = 0
 
     def counted(t, y, args):
@@ -212,8 +215,11 @@ def test_stages_in_a_loop_by_default(size, vector_field, in_a_loop):
             term, 0.0, 0.1, y, None, y, False
         )
 
-    jax.eval_shape(step, jnp.ones(size))
-    assert (num_traces < 12) == in_a_loop
+    eqns = jax.make_jaxpr(step)(jnp.ones(size)).eqns
+    num_branches = sum(eqn.primitive.name == "cond" for eqn in eqns)
+    found = "in a loop" if num_traces < 12 else "apart" if num_branches else "unrolled"
+    assert found == expected
+    assert num_branches in (0, 12)
 
 
 def test_evaluations_reversible_heun():
