@@ -437,12 +437,12 @@ def test_no_copies_of_the_record(adaptive):
 @pytest.mark.parametrize("solver", [RK, dfxr.UReversible(diffrax.Heun(), 0.999)])
 def test_inner_loops_are_small(solver):
     # Those over steps, forwards, back, and making them again: XLA runs a loop with
-    # little overhead only if it has no branch, and touches no array of more than 512
-    # bytes.
+    # little overhead only if it touches no array of more than 512 bytes. (Whether the
+    # second increment is made again is a branch, which costs less than that.)
     hlo = _compiled(solver, max_steps=1000, size=2).as_text()
     num_small = 0
     for body in _loop_bodies(hlo):
         shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", body)
         largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
-        num_small += largest <= 64 and "conditional(" not in body
+        num_small += largest <= 64
     assert num_small >= 3
