@@ -272,7 +272,8 @@ class WayBack:
             carry,
         )
         arrives = moves & has_target & (carry.num_steps == target)
-        checks = arrives & ~is_single & ~block.is_needed[last - target]
+        arrives_undone = arrives & ~block.is_needed[last - target]
+        checks = arrives_undone & ~is_single
         differs = jnp.zeros_like(progress.has_failed)
         if self._rebuilds:
             differs = lax.cond(
@@ -288,7 +289,7 @@ class WayBack:
         if self._rebuilds and self._is_exact:
             # (Also where nothing else is rebuilt: of a single step `y` is.)
             found = verify.is_lost(carry.y1, segment.y, progress.carry.y1)
-            is_lost = is_lost | (arrives & is_single & found)
+            is_lost = is_lost | (arrives_undone & is_single & found)
         y1, solver_state1 = restored(arrives, kept, (carry.y1, carry.solver_state))
         return Progress(
             carry=carry._replace(y1=y1, solver_state=solver_state1),
