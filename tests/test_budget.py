@@ -265,8 +265,8 @@ def test_a_stiff_operator():
         for adjoint in (dfxr.ReversibleAdjoint(), CHECKPOINTING)
     ]
     # It was wrong by a factor of 78 where only the state was looked at. (Rounding is
-    # multiplied likewise: with other options of the compiler both differ by 3e-6.)
-    assert abs(ours / expected - 1) < 1e-5
+    # multiplied likewise, in any adjoint: by 5e-5 if `nu` changes by 1e-13.)
+    assert abs(ours / expected - 1) < 1e-3
 
 
 def test_kink_at_the_start():

@@ -106,6 +106,14 @@ def differs(
     return pred & out
 
 
+def _underflow(dtype) -> float:
+    """What is smaller loses more than half of its digits where what is added to it is
+    flushed to zero, so that no comparison would tell anything."""
+    # (Half precision is computed in single precision.)
+    tiny = min(float(jnp.finfo(dtype).tiny), float(jnp.finfo(jnp.float32).tiny))
+    return tiny / math.sqrt(float(jnp.finfo(dtype).eps))
+
+
 def _inexact(tree: PyTree) -> PyTree:
     return eqx.filter(tree, eqx.is_inexact_array)
 
@@ -125,7 +133,7 @@ def _states_differ(
         else:
             change_i = changes[i % len(changes)].astype(b.dtype)
             size = jnp.maximum(jnp.abs(b), jnp.abs(b + change_i))
-        bound = tol * size + _FLOOR * eps * jnp.max(size)
+        bound = tol * size + _FLOOR * eps * jnp.max(size) + _underflow(b.dtype)
         # (What is not finite in the solution itself cannot be cured.)
         is_lost = ~(jnp.isfinite(b) | is_finite)
         out = out | ~jnp.all((jnp.abs(a - b) <= bound) | is_lost)
@@ -139,7 +147,7 @@ def _gradients_differ(
     n = num_steps.astype(size.dtype)
     eps = float(jnp.finfo(b.dtype).eps)
     bound = tol * (jnp.abs(total) + n * size)
-    bound = bound + 1e3 * eps * n * jnp.max(size)
+    bound = bound + n * (1e3 * eps * jnp.max(size) + _underflow(b.dtype))
     return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
 
 
@@ -152,7 +160,8 @@ def is_lost(rebuilt: PyTree, stored: PyTree, end: PyTree) -> Array:
         if b.size > 0:
             tol = float(jnp.finfo(b.dtype).eps) ** 0.25
             size = jnp.abs(b) + jnp.abs(c)
-            is_near = jnp.abs(a - b) <= tol * (size + rms(size))
+            bound = tol * (size + rms(size)) + _underflow(b.dtype)
+            is_near = jnp.abs(a - b) <= bound
             # (What is not finite in the solution itself is nothing new.)
             out = out | jnp.any(~is_near & jnp.isfinite(c))
     return out
