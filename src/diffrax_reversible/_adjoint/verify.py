@@ -143,12 +143,18 @@ def _states_differ(
 def _gradients_differ(
     tol: float, a: Array, b: Array, total: Array, num_steps: Array
 ) -> Array:
-    size = jnp.abs(b)
-    n = num_steps.astype(size.dtype)
+    n = num_steps.astype(jnp.finfo(b.dtype).dtype)
     eps = float(jnp.finfo(b.dtype).eps)
-    bound = tol * (jnp.abs(total) + n * size)
-    bound = bound + n * (1e3 * eps * jnp.max(size) + _underflow(b.dtype))
+    bound = tol * (jnp.abs(total) + n * jnp.abs(b))
+    bound = bound + 1e3 * eps * _largest(total) + n * _underflow(b.dtype)
     return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
+
+
+def _largest(x: Array) -> Array:
+    if jnp.iscomplexobj(x):
+        return jnp.max(jnp.abs(x))
+    # (Of what there is, as XLA would store `jnp.abs(x)`.)
+    return jnp.maximum(jnp.max(x), -jnp.min(x))
 
 
 def is_lost(rebuilt: PyTree, stored: PyTree, end: PyTree) -> Array:
