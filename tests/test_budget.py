@@ -14,7 +14,12 @@ from diffrax_reversible._adjoint import plan, slots as slots_
 from diffrax_reversible._adjoint.slots import Slots
 from diffrax_reversible._diagnose import _made_again
 
-from .helpers import CouplingLeapfrog, relative_difference, short_records
+from .helpers import (
+    CouplingLeapfrog,
+    GenericLeapfrog,
+    relative_difference,
+    short_records,
+)
 from .test_counts import Counter
 
 
@@ -40,16 +45,19 @@ def _kept(num_wanted, num_slots):
 
 
 def _num_made_again(num_wanted, num_slots):
-    stack, total = [0, *_kept(num_wanted, num_slots)], 0
+    """How many steps, and how many more for a comparison: one from each kept state."""
+    kept = [0, *_kept(num_wanted, num_slots)]
+    stack, total, compared = list(kept), 0, set()
     for i in reversed(range(1, num_wanted + 1)):
         if stack[-1] != i:
             start, free = stack[-1], num_slots - len(stack) + 1
+            compared.update({start}.intersection(kept))
             stride = -(-(i - start) // (free + 1))
             total += i - start
             stack += [*range(start + stride, i, stride)][:free]
             stack.append(i)
         stack.pop()
-    return total
+    return total, len(compared)
 
 
 @pytest.mark.parametrize("num_steps,num_slots", [(9, 8), (40, 4), (40, 8), (65, 16)])
@@ -79,8 +87,8 @@ def test_steps_made_again(num_steps, num_slots):
     evaluations, pullbacks = count(1)
     # One more to start with, and its pullback.
     assert pullbacks == num_steps + 1
-    expected = _num_made_again(num_steps - 1, num_slots)
-    assert evaluations == 2 * num_steps + 1 + expected
+    expected, num_compared = _num_made_again(num_steps - 1, num_slots)
+    assert evaluations == 2 * num_steps + 1 + expected + num_compared
     assert np.sum(_made_again(np.ones(num_steps, bool), num_slots, 1)) == expected
     if num_slots == 16:
         # If nothing is wanted, nothing is; but what is rebuilt is compared.
@@ -229,6 +237,55 @@ def test_what_cannot_be_made_again():
         ours = gradient(dfxr.ReversibleAdjoint(checkpoints=checkpoints))
         is_right = jnp.abs(ours / expected - 1) < 1e-2
         assert jnp.all(is_right | (jnp.isnan(ours) & ~jnp.array(is_known)))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        dfxr.UReversible(diffrax.Heun()),
+        dfxr.ReversibleHeun(),
+        dfxr.LeapfrogMidpoint(),
+        dfxr.EES25(),
+        GenericLeapfrog(),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+@pytest.mark.parametrize("is_other", [False, True])
+def test_states_are_other_ones(solver, is_other):
+    # A vector field that, from when it is asked to go back in time, is another one.
+    latest, has_turned = 0.0, False
+
+    def factor(t):
+        nonlocal latest, has_turned
+        has_turned = has_turned or t < latest - 0.2
+        latest = max(latest, float(t))
+        return np.float64(2.0 if has_turned and is_other else 1.0)
+
+    def vector_field(t, y, args):
+        t = jax.lax.stop_gradient(t)
+        shape = jax.ShapeDtypeStruct((), jnp.float64)
+        return -jax.pure_callback(factor, shape, t, vmap_method="sequential") * y
+
+    def loss(y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            solver,
+            0.0,
+            1.0,
+            0.025,
+            y0,
+            adjoint=dfxr.ReversibleAdjoint(checkpoints=2, checkpoint_every=1),
+            max_steps=40,
+            throw=False,
+        )
+        return jnp.sum(sol.ys)
+
+    gradient = jax.jit(jax.grad(loss))(jnp.ones(2))
+    assert has_turned
+    if is_other:
+        assert jnp.all(jnp.isnan(gradient))
+    else:
+        assert jnp.all(jnp.abs(gradient - jnp.exp(-1)) < 1e-2)
 
 
 #

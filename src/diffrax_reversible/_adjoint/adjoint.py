@@ -48,9 +48,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     compared with it: each element of the state, and what the vector field does with a
     gradient there. If they differ, then the backward pass begins anew with the state at
     every 16th step wanted, or that at every step, so that nothing is rebuilt. An error
-    in what is rebuilt costs time, and does not change the result. An error in what is
-    recomputed, where steps of given sizes amplify rounding, is raised: as it has no
-    cure but more `checkpoints`.
+    in what is rebuilt costs time, and does not change the result. What is recomputed is
+    compared in turn, with where the backward pass stands. If it differs, as steps of
+    given sizes amplify rounding, an error is raised: that has no cure but more
+    `checkpoints`.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event

@@ -38,14 +38,17 @@ def make_again(
     initial: tuple[PyTree, PyTree],
     stop: Array,
     pred: Array,
+    goes_on: Array,
     capacity: Any,
     located: Callable,
-) -> Slots:
+) -> tuple[Slots, PyTree]:
     """Puts the start of the step number `stop` on top of the stack, if `pred`, made
     again from what is on top now. States in between that are wanted are put into the
-    slots that are free, up to `capacity`, evenly."""
+    slots that are free, up to `capacity`, evenly. If it `goes_on` (and `pred`), that
+    step is made too. Returns also `y` at the end of the last step."""
     start = slots.top()
     stop = jnp.where(pred, stop, start)
+    end = stop + jnp.where(goes_on, 1, 0)
     num_wanted = format.count_wanted(window, start, stop) + 1
     free = jnp.maximum(capacity - slots.count, 0)
     stride = -(-num_wanted // (free + 1))
@@ -58,8 +61,8 @@ def make_again(
         first = carry.number
         # An element of a batch that is there reads the last step again.
         numbers = first + jnp.arange(BLOCK)
-        block = format.read(window, jnp.minimum(numbers, jnp.maximum(stop - 1, first)))
-        last = jnp.minimum(stop, first + BLOCK)
+        block = format.read(window, jnp.minimum(numbers, jnp.maximum(end - 1, first)))
+        last = jnp.minimum(jnp.where(first < stop, stop, end), first + BLOCK)
         # To the next that is wanted.
         is_next = block.is_wanted & (numbers > first) & (numbers < last)
         last = jnp.min(jnp.where(is_next, numbers, last))
@@ -97,8 +100,9 @@ def make_again(
         return _Carry(number, state, num_met, slots)
 
     carry = lax.while_loop(
-        lambda carry: eqxi.unvmap_any(carry.number < stop),
+        lambda carry: eqxi.unvmap_any(carry.number < end),
         advance,
         _Carry(start, top, jnp.zeros_like(start), slots),
     )
-    return carry.slots
+    y, _ = eqx.combine(carry.state, static)
+    return carry.slots, y

@@ -157,17 +157,15 @@ def _largest(x: Array) -> Array:
     return jnp.maximum(jnp.max(x), -jnp.min(x))
 
 
-def is_lost(rebuilt: PyTree, stored: PyTree, end: PyTree) -> Array:
-    """Whether `y` at the start of a step is not that from which its `end` was made: by
-    so much that the gradient is wrong. So it is if one of the two was made again, and
-    rounding has led elsewhere."""
+def is_lost(made_again: PyTree, y: PyTree) -> Array:
+    """Whether a state that has been made again is not `y`, as it was first: by so much
+    that the gradient is wrong, as rounding has led elsewhere."""
     out = jnp.array(False)
-    for a, b, c in zip(*map(jtu.tree_leaves, map(_inexact, (rebuilt, stored, end)))):
+    for a, b in zip(*map(jtu.tree_leaves, map(_inexact, (made_again, y)))):
         if b.size > 0:
             tol = float(jnp.finfo(b.dtype).eps) ** 0.25
-            size = jnp.abs(b) + jnp.abs(c)
-            bound = tol * (size + rms(size)) + _underflow(b.dtype)
-            is_near = jnp.abs(a - b) <= bound
+            size = jnp.abs(b)
+            bound = tol * (size + rms(b)) + _underflow(b.dtype)
             # (What is not finite in the solution itself is nothing new.)
-            out = out | jnp.any(~is_near & jnp.isfinite(c))
+            out = out | jnp.any(~(jnp.abs(a - b) <= bound) & jnp.isfinite(b))
     return out

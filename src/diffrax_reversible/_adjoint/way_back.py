@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
-from .._method.coupling import AbstractCouplingSolver
 from . import verify as verify
 from .check import all_finite
 from .coupling_pullback import comparable
@@ -45,6 +44,8 @@ class Progress(NamedTuple):
     has_failed: Array
     # Whether what was made again is not what was made first, which is not to be cured.
     is_lost: Array
+    # The number of the step from which all was made again that has been compared.
+    compared: Array
     # Of how many steps one is wanted besides those that the solver wants. (In the next
     # attempt, once this one has failed.)
     every: Array
@@ -94,13 +95,6 @@ class WayBack:
         self._rebuilds = rebuilds
 
     @property
-    def _is_exact(self) -> bool:
-        """Whether `y` at the start of a step is known from its end to rounding, if the
-        rest of the start is given."""
-        solver = self._forward.solver
-        return isinstance(solver, AbstractCouplingSolver) and not solver.has_evaluate
-
-    @property
     def _initial(self) -> tuple[PyTree, PyTree]:
         return self._init_state.y, self._init_state.solver_state
 
@@ -114,6 +108,7 @@ class WayBack:
             since=self._num_steps,
             has_failed=jnp.array(False),
             is_lost=jnp.array(False),
+            compared=self._num_steps,
             every=every,
         )
         window = Window(record.steps, zero, self._init_state.tprev, every)
@@ -174,7 +169,7 @@ class WayBack:
         if not self._format.is_window:
             # (Otherwise that is done for the first window.)
             window = window._replace(every=every)
-            slots = self._make_again(slots, window, n, n > 0)
+            slots, _ = self._make_again(slots, window, n, n > 0, jnp.array(False))
             end = slots.top_state(self._windows.kept_initial)
             slots = slots.pop(n > 0)
             carry = self._undo.start(*restored(True, end, self._initial))
@@ -188,6 +183,7 @@ class WayBack:
             since=self._num_steps,
             has_failed=jnp.zeros_like(progress.has_failed),
             is_lost=jnp.zeros_like(progress.is_lost),
+            compared=self._num_steps,
             every=progress.every,
         )
 
@@ -237,7 +233,13 @@ class WayBack:
         is_stuck = wanted > slots.top()
         makes = eqxi.unvmap_any(is_stuck) & ~eqxi.unvmap_any(is_inside & ~is_stuck)
         # (Not in a branch, which would copy all that is kept.)
-        slots = self._make_again(slots, window, wanted, is_stuck & makes)
+        # Compared with the state at hand, if that is the next; otherwise where the way
+        # back arrives. Only once, as what is made from it again is the same.
+        is_made, start = is_stuck & makes, slots.top()
+        compares = is_made & (wanted == carry.num_steps - 1)
+        compares = compares & (start < progress.compared) & self._rebuilds
+        slots, y = self._make_again(slots, window, wanted, is_made, compares)
+        is_lost = progress.is_lost | (compares & verify.is_lost(y, carry.y1))
         if carry.pullback is not None:
             carry = lax.cond(makes, self._undo.prime, lambda carry: carry, carry)
         is_waiting = is_stuck & ~makes
@@ -272,8 +274,7 @@ class WayBack:
             carry,
         )
         arrives = moves & has_target & (carry.num_steps == target)
-        arrives_undone = arrives & ~block.is_needed[last - target]
-        checks = arrives_undone & ~is_single
+        checks = arrives & ~is_single & ~block.is_needed[last - target]
         differs = jnp.zeros_like(progress.has_failed)
         if self._rebuilds:
             differs = lax.cond(
@@ -285,11 +286,6 @@ class WayBack:
         fails, is_short = checks & differs, progress.since - target <= _DENSE
         is_last = eqxi.unvmap_any(fails & is_short) | (progress.every <= _DENSE)
         fails = eqxi.unvmap_any(fails)
-        is_lost = progress.is_lost
-        if self._rebuilds and self._is_exact:
-            # (Also where nothing else is rebuilt: of a single step `y` is.)
-            found = verify.is_lost(carry.y1, segment.y, progress.carry.y1)
-            is_lost = is_lost | (arrives_undone & is_single & found)
         y1, solver_state1 = restored(arrives, kept, (carry.y1, carry.solver_state))
         return Progress(
             carry=carry._replace(y1=y1, solver_state=solver_state1),
@@ -297,12 +293,18 @@ class WayBack:
             since=jnp.where(arrives, target, progress.since),
             has_failed=progress.has_failed | fails,
             is_lost=is_lost,
+            compared=jnp.where(compares, start, progress.compared),
             every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
 
     def _make_again(
-        self, slots: Slots, window: Window, wanted: Array, pred: Array
-    ) -> Slots:
+        self,
+        slots: Slots,
+        window: Window,
+        wanted: Array,
+        pred: Array,
+        goes_on: Array,
+    ) -> tuple[Slots, PyTree]:
         # What is at hand has a slot of its own, as has where a window begins.
         in_window = jnp.where(window.first > 0, 1, 0)
         return make_again(
@@ -314,6 +316,7 @@ class WayBack:
             self._initial,
             wanted,
             pred,
+            goes_on,
             self._forward.num_slots + in_window,
             self._undo.located,
         )
