@@ -85,6 +85,21 @@ def everyday(name):
 #
 
 
+def terms_of(vector_field, y0, sde):
+    term = diffrax.ODETerm(vector_field)
+    if not sde:
+        return term
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-4, y0.shape, jr.key(1))
+    noise = diffrax.ControlTerm(lambda t, y, p: diag(0.1 * jnp.cos(y)), path)
+    return diffrax.MultiTerm(term, noise)
+
+
+def diag(x):
+    import lineax as lx
+
+    return lx.DiagonalLinearOperator(x)
+
+
 def loss_of(
     problem,
     solver,
@@ -102,11 +117,7 @@ def loss_of(
     `max_steps`; and over a batch end times that differ by a factor of 4."""
     vector_field, y0, params = problem
     dtype = y0.dtype
-    terms = diffrax.ODETerm(vector_field)
-    if sde:
-        path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-4, y0.shape, jr.key(1))
-        noise = diffrax.ControlTerm(lambda t, y, p: diag(0.1 * jnp.cos(y)), path)
-        terms = diffrax.MultiTerm(terms, noise)
+    terms = terms_of(vector_field, y0, sde)
     controller = diffrax.ConstantStepSize()
     if pid:
         controller = diffrax.PIDController(rtol=rtol, atol=rtol)
@@ -139,22 +150,31 @@ def loss_of(
     return loss, (params, y0)
 
 
-def diag(x):
-    import lineax as lx
-
-    return lx.DiagonalLinearOperator(x)
-
-
-def by_hand(problem, base, num_steps, vmap=None):
+def by_hand(problem, base, num_steps, vmap=None, sde=False):
     """`UReversible(base)` with fixed steps and nothing damped, and its backward pass,
-    with the difference of the two copies as a constant."""
+    with the difference of the two copies as a constant. Or `ReversibleHeun`."""
     vector_field, y0, params = problem
-    tableau = base.tableau
+    terms = terms_of(vector_field, y0, sde)
+    if isinstance(base, ReversibleHeun):
+        solve = reversible_heun_by_hand(terms, num_steps)
+    else:
+        solve = u_reversible_by_hand(terms, base.tableau, num_steps)
+    if vmap is not None:
+        y0 = jnp.broadcast_to(y0, (vmap, *y0.shape))
+
+    def loss(params, y0):
+        one = lambda y0: jnp.sum(solve(y0, params)[0] ** 2)
+        return one(y0) if vmap is None else jnp.sum(jax.vmap(one)(y0))
+
+    return loss, (params, y0)
+
+
+def u_reversible_by_hand(terms, tableau, num_steps):
     # Not the stage that only an error estimate needs.
     stages = tableau.num_stages - (1 if tableau.fsal else 0)
     h = 1 / num_steps
 
-    def increment(t, y, p, sign):
+    def increment(t, y, p, control, sign):
         ks = []
         for i in range(stages):
             c = tableau.c[i - 1].item() if i > 0 else 0.0
@@ -163,19 +183,24 @@ def by_hand(problem, base, num_steps, vmap=None):
             for a, k in zip(row, ks):
                 if a != 0:
                     yi = yi + sign * a.item() * k
-            ks.append(h * vector_field(t + sign * c * h, yi, p))
+            ks.append(terms.vf_prod(t + sign * c * h, yi, p, control))
         return sum(sign * b.item() * k for b, k in zip(tableau.b_sol, ks) if b != 0)
+
+    def times(i, y):
+        return jnp.asarray(i * h, y.dtype), jnp.asarray((i + 1) * h, y.dtype)
 
     @jax.custom_vjp
     def solve(y0, p):
         def body(carry):
-            i, t, y, d = carry
-            psi = increment(t, y - d, p, 1)
+            i, y, d = carry
+            t0, t1 = times(i, y)
+            control = terms.contr(t0, t1)
+            psi = increment(t0, y - d, p, control, 1)
             y, d = y + psi, d + psi
-            return i + 1, t + h, y, d + increment(t + h, y, p, -1)
+            return i + 1, y, d + increment(t1, y, p, control, -1)
 
-        carry = (0, 0.0, y0, jnp.zeros_like(y0))
-        return jax.lax.while_loop(lambda c: c[0] < num_steps, body, carry)[2:]
+        carry = (0, y0, jnp.zeros_like(y0))
+        return jax.lax.while_loop(lambda c: c[0] < num_steps, body, carry)[1:]
 
     def fwd(y0, p):
         out = solve(y0, p)
@@ -186,27 +211,69 @@ def by_hand(problem, base, num_steps, vmap=None):
         grad_y, _ = grads
 
         def body(carry):
-            i, t, y, d, gy, gp = carry
-            d = d - increment(t, y, p, -1)
-            shift = lambda z, p: increment(t - h, z, p, 1)
+            i, y, d, gy, gp = carry
+            t0, t1 = times(i - 1, y)
+            control = terms.contr(t0, t1)
+            d = d - increment(t1, y, p, control, -1)
+            shift = lambda z, p: increment(t0, z, p, control, 1)
             psi, pull = jax.vjp(shift, y - d, p)
             new_gy, new_gp = pull(gy)
             gy, gp = gy + new_gy, jax.tree.map(jnp.add, gp, new_gp)
-            return i - 1, t - h, y - psi, d - psi, gy, gp
+            return i - 1, y - psi, d - psi, gy, gp
 
-        zeros = jax.tree.map(jnp.zeros_like, p)
-        carry = (num_steps, 1.0, y, d, grad_y, zeros)
+        carry = (num_steps, y, d, grad_y, jax.tree.map(jnp.zeros_like, p))
         return jax.lax.while_loop(lambda c: c[0] > 0, body, carry)[-2:]
 
     solve.defvjp(fwd, bwd)
-    if vmap is not None:
-        y0 = jnp.broadcast_to(y0, (vmap, *y0.shape))
+    return solve
 
-    def loss(params, y0):
-        one = lambda y0: jnp.sum(solve(y0, params)[0] ** 2)
-        return one(y0) if vmap is None else jnp.sum(jax.vmap(one)(y0))
 
-    return loss, (params, y0)
+def reversible_heun_by_hand(terms, num_steps):
+    """Of `(y, z)`, from half-step to half-step on the way back: then one evaluation of
+    the vector field, with its pullback, makes up a step."""
+    h = 1 / num_steps
+
+    @jax.custom_vjp
+    def solve(y0, p):
+        def body(carry):
+            i, t, y, z, k = carry
+            y = y + 0.5 * k
+            z = 2 * y - z
+            k = terms.vf_prod(t + h, z, p, h)
+            return i + 1, t + h, y + 0.5 * k, z, k
+
+        carry = (0, 0.0, y0, y0, terms.vf_prod(0.0, y0, p, h))
+        return jax.lax.while_loop(lambda c: c[0] < num_steps, body, carry)[2:4]
+
+    def fwd(y0, p):
+        out = solve(y0, p)
+        return out, (out, p)
+
+    def bwd(residuals, grads):
+        (y, z), p = residuals
+        grad_y, _ = grads
+
+        def pull(t, z, gy, gz, gp, weight):
+            k, pull = jax.vjp(lambda z, p: terms.vf_prod(t, z, p, h), z, p)
+            new_gz, new_gp = pull(weight * gy)
+            return weight * k, gz + new_gz, jax.tree.map(jnp.add, gp, new_gp)
+
+        def body(carry):
+            i, t, y, z, gy, gz, gp = carry
+            weight = jnp.where(i == num_steps, 0.5, 1.0)
+            k, gz, gp = pull(t, z, gy, gz, gp, weight)
+            y = y - k
+            return i - 1, t - h, y, 2 * y - z, gy + 2 * gz, -gz, gp
+
+        gp = jax.tree.map(jnp.zeros_like, p)
+        carry = (num_steps, 1.0, y, z, grad_y, jnp.zeros_like(grad_y), gp)
+        carry = jax.lax.while_loop(lambda c: c[0] > 0, body, carry)
+        _, t, _, z, gy, gz, gp = carry
+        _, gz, gp = pull(t, z, gy, gz, gp, 0.5)
+        return gy + gz, gp
+
+    solve.defvjp(fwd, bwd)
+    return solve
 
 
 def compile_gradient(loss, arguments, differentiate=True):
@@ -290,7 +357,7 @@ def measure(problem, base, num_steps, options, repeats):
         loss_of(problem, base, DEFAULT, num_steps, **options),
         loss_of(problem, solver, OURS, num_steps, **options),
     ]
-    if options.keys() <= {"vmap"} and not is_reversible:
+    if options.keys() <= {"vmap", "sde"}:
         losses.append(by_hand(problem, base, num_steps, **options))
     both = [compile_gradient(*loss, differentiate)[:2] for loss in losses]
     times = list(medians([run for run, _ in both], repeats))
