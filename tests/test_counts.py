@@ -400,6 +400,27 @@ def test_memory(kwargs, expected, monkeypatch):
     assert constant < copies * 800 * (kwargs.get("batch") or 1)
 
 
+def test_memory_of_parameters():
+    # Their gradient is made where it is returned, and nothing else is of their size.
+    def loss(params, y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, params: jnp.tanh(params @ y)),
+            RK,
+            0.0,
+            1.0,
+            1 / 64,
+            y0,
+            params,
+            adjoint=dfxr.ReversibleAdjoint(checkpoints=2),
+            max_steps=64,
+        )
+        return jnp.sum(sol.ys)
+
+    params, y0 = jnp.eye(64), jnp.ones(64)
+    compiled = jax.jit(jax.grad(loss)).lower(params, y0).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < params.nbytes
+
+
 def test_no_more_slots_than_steps():
     def size(n):
         compiled = _compiled(RK, n, checkpoints=100)
