@@ -232,12 +232,13 @@ class WayBack:
         # An element of a batch waits for those that can go on without.
         is_stuck = wanted > slots.top()
         makes = eqxi.unvmap_any(is_stuck) & ~eqxi.unvmap_any(is_inside & ~is_stuck)
-        # (Not in a branch, which would copy all that is kept.)
-        # Compared with the state at hand, if that is the next; otherwise where the way
-        # back arrives. Only once, as what is made from it again is the same.
+        # Compared with the state at hand, if the next is made and that is not rebuilt;
+        # otherwise where the way back arrives. Once, as what is made from it again is
+        # the same.
         is_made, start = is_stuck & makes, slots.top()
-        compares = is_made & (wanted == carry.num_steps - 1)
+        compares = is_made & (progress.since - wanted == 1)
         compares = compares & (start < progress.compared) & self._rebuilds
+        # (Not in a branch, which would copy all that is kept.)
         slots, y = self._make_again(slots, window, wanted, is_made, compares)
         is_lost = progress.is_lost | (compares & verify.is_lost(y, carry.y1))
         if carry.pullback is not None:
