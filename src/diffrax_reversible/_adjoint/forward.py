@@ -92,6 +92,7 @@ class Forward:
     - `checkpoint_every`: Of how many steps one is wanted anyway, or `None`.
     - `grid`: Of how many steps one may be kept, if there is room, for the comparison
         with what is rebuilt.
+    - `may_need`: Whether there may be steps that cannot be undone.
     """
 
     def __init__(
@@ -101,12 +102,14 @@ class Forward:
         num_slots: int,
         checkpoint_every: int | None,
         grid: int,
+        may_need: bool,
     ):
         self.solver = solver
         self.format = format
         self.num_slots = num_slots
         self._checkpoint_every = checkpoint_every
         self.grid = grid
+        self.may_need = may_need
 
     #
     # What is kept of a state

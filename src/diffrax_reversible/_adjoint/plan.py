@@ -49,7 +49,8 @@ def make_forward(
     if made_jump is not False or init_state.made_jump is not False:
         example = jnp.asarray(init_state.made_jump)
     state = replace(init_state, made_jump=example)
-    has_flags = any(x is not False for x in asks(solver, state, state.solver_state))
+    needs, wants = asks(solver, state, state.solver_state)
+    has_flags = needs is not False or wants is not False
 
     num_slots = _num_slots(max_steps) if checkpoints == "auto" else checkpoints
     if max_steps is None:
@@ -69,7 +70,9 @@ def make_forward(
     # (A whole number of blocks: then one turn of the way back goes from one to the
     # next.)
     grid = -(-grid // BLOCK) * BLOCK
-    return Forward(solver, format, num_slots, checkpoint_every, grid)
+    return Forward(
+        solver, format, num_slots, checkpoint_every, grid, needs is not False
+    )
 
 
 def _num_checkpoints(max_steps: int) -> int:

@@ -41,11 +41,12 @@ def make_again(
     goes_on: Array,
     capacity: Any,
     located: Callable,
-) -> tuple[Slots, PyTree]:
+) -> tuple[Slots, tuple[PyTree, PyTree]]:
     """Puts the start of the step number `stop` on top of the stack, if `pred`, made
     again from what is on top now. States in between that are wanted are put into the
-    slots that are free, up to `capacity`, evenly. If it `goes_on` (and `pred`), that
-    step is made too. Returns also `y` at the end of the last step."""
+    slots that are free, up to `capacity`, evenly. If it `goes_on`, then the step that
+    starts at what is on top is made too. Returns also the state at the end of the last
+    step."""
     start = slots.top()
     stop = jnp.where(pred, stop, start)
     end = stop + jnp.where(goes_on, 1, 0)
@@ -104,5 +105,4 @@ def make_again(
         advance,
         _Carry(start, top, jnp.zeros_like(start), slots),
     )
-    y, _ = eqx.combine(carry.state, static)
-    return carry.slots, y
+    return carry.slots, eqx.combine(carry.state, static)

@@ -7,7 +7,7 @@ more of the states wanted, and in the end all of them. Then nothing is rebuilt.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -232,15 +232,19 @@ class WayBack:
         # An element of a batch waits for those that can go on without.
         is_stuck = wanted > slots.top()
         makes = eqxi.unvmap_any(is_stuck) & ~eqxi.unvmap_any(is_inside & ~is_stuck)
-        # Compared with the state at hand, if the next is made and that is not rebuilt;
-        # otherwise where the way back arrives. Once, as what is made from it again is
-        # the same.
+        # A step from a known state to the one at hand is made for a comparison. If that
+        # is known too then of what is made again, once, as what is made from it is the
+        # same. And if it is rebuilt, of that, if the step cannot be undone. (Otherwise
+        # it is compared where the way back arrives.)
         is_made, start = is_stuck & makes, slots.top()
-        compares = is_made & (progress.since - wanted == 1)
-        compares = compares & (start < progress.compared) & self._rebuilds
+        is_next = is_inside & (carry.num_steps - 1 == jnp.where(is_made, wanted, start))
+        is_known = progress.since == carry.num_steps
+        compares = is_made & is_next & is_known & (start < progress.compared)
+        is_end = is_next & ~is_known & self._is_needed(read, carry.num_steps - 1)
         # (Not in a branch, which would copy all that is kept.)
-        slots, y = self._make_again(slots, window, wanted, is_made, compares)
-        is_lost = progress.is_lost | (compares & verify.is_lost(y, carry.y1))
+        proceeds = (compares | is_end) & self._rebuilds
+        slots, end = self._make_again(slots, window, wanted, is_made, proceeds)
+        is_lost = compares & self._rebuilds & verify.is_lost(end[0], carry.y1)
         if carry.pullback is not None:
             carry = lax.cond(makes, self._undo.prime, lambda carry: carry, carry)
         is_waiting = is_stuck & ~makes
@@ -260,7 +264,9 @@ class WayBack:
             is_single,
             window.every == 1,
         )
-        limit = jnp.where(has_target, target, first)
+        # (Where it cannot be undone, only to its end.)
+        is_before = ~is_single & self._is_needed(read, target)
+        limit = jnp.where(has_target, target + jnp.where(is_before, 1, 0), first)
         limit = jnp.where(is_waiting | ~is_inside, carry.num_steps, limit)
         moves = carry.num_steps > limit
 
@@ -275,28 +281,37 @@ class WayBack:
             carry,
         )
         arrives = moves & has_target & (carry.num_steps == target)
-        checks = arrives & ~is_single & ~block.is_needed[last - target]
+        checks = (arrives & ~is_single) | is_end
         differs = jnp.zeros_like(progress.has_failed)
         if self._rebuilds:
             differs = lax.cond(
                 eqxi.unvmap_any(checks),
-                lambda: self._differs(carry, segment, progress.since, checks),
+                lambda: self._differs(
+                    carry, segment, restored(~is_end, kept, end), progress.since, checks
+                ),
                 lambda: differs,
             )
         # (Together, so that what a batch shares stays shared.)
-        fails, is_short = checks & differs, progress.since - target <= _DENSE
+        fails = checks & differs
+        is_short = progress.since - carry.num_steps <= _DENSE
         is_last = eqxi.unvmap_any(fails & is_short) | (progress.every <= _DENSE)
         fails = eqxi.unvmap_any(fails)
         y1, solver_state1 = restored(arrives, kept, (carry.y1, carry.solver_state))
         return Progress(
             carry=carry._replace(y1=y1, solver_state=solver_state1),
             slots=slots.pop(arrives & (slots.count > 0)),
-            since=jnp.where(arrives, target, progress.since),
+            since=jnp.where(arrives | is_end, carry.num_steps, progress.since),
             has_failed=progress.has_failed | fails,
-            is_lost=is_lost,
+            is_lost=progress.is_lost | is_lost,
             compared=jnp.where(compares, start, progress.compared),
             every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
+
+    def _is_needed(self, read: _Read, number: Array) -> Any:
+        """Of a step that was read."""
+        if not self._forward.may_need:
+            return False
+        return read.block.is_needed[read.last - number]
 
     def _make_again(
         self,
@@ -305,7 +320,7 @@ class WayBack:
         wanted: Array,
         pred: Array,
         goes_on: Array,
-    ) -> tuple[Slots, PyTree]:
+    ) -> tuple[Slots, tuple[PyTree, PyTree]]:
         # What is at hand has a slot of its own, as has where a window begins.
         in_window = jnp.where(window.first > 0, 1, 0)
         return make_again(
@@ -323,13 +338,20 @@ class WayBack:
         )
 
     def _differs(
-        self, carry: Carry, segment: Segment, since: Array, checks: Array
+        self,
+        carry: Carry,
+        segment: Segment,
+        state: tuple[PyTree, PyTree],
+        since: Array,
+        checks: Array,
     ) -> Array:
-        solver, state = self._forward.solver, (segment.y, segment.solver_state)
-        _, t0, t1, _ = segment.block.times(segment.last - carry.num_steps)
+        solver = self._forward.solver
+        # (Of a step next to it, at the end of those that were read.)
+        k = jnp.maximum(segment.last - carry.num_steps, 0)
+        _, t0, t1, _ = segment.block.times(k)
         rebuilt = comparable(solver, carry.y1, carry.solver_state)
         found = verify.Found(
-            t0, t1, (carry.y1, segment.y), (rebuilt, comparable(solver, *state))
+            t0, t1, (carry.y1, state[0]), (rebuilt, comparable(solver, *state))
         )
         num_steps = since - carry.num_steps
         return verify.differs(
