@@ -30,8 +30,9 @@ def tolerance(y: PyTree) -> float:
     return max(0.5 * math.sqrt(eps), 8 * eps)
 
 
-# Of the gradient, in units of that of the state.
-_OF_GRADIENT = 10
+# Of the gradient, as a power of that. (Larger, as what the largest difference would do
+# in all of the steps is several times what it does.)
+_OF_GRADIENT = 3 / 4
 # What is put down to rounding, in units of it.
 _FLOOR = 8
 
@@ -54,13 +55,14 @@ def add_functions(hoister: Hoister, terms, args, step: Step) -> None:
 
 
 class Found(NamedTuple):
-    """A state, as it was rebuilt and as it was stored."""
+    """A state, as it was rebuilt and as it was stored; and a later one."""
 
     t0: Array
     t1: Array
     y: tuple[PyTree, PyTree]
     # What should be the same: that, or other registers of its structure.
     comparable: tuple[PyTree, PyTree]
+    y_later: PyTree
 
 
 def differs(
@@ -69,18 +71,24 @@ def differs(
     grad_y: PyTree,
     grad_consts: dict[int, Array],
     num_steps: Array,
+    noise: Array,
     pred: Array,
     is_finite: Array,
-) -> Array:
+) -> tuple[Array, Array]:
     """Whether the two differ, by more than would matter if they did so in `num_steps`
     steps. `grad_consts` are the gradients of constants so far. Only asked for those of
     a batch for which `pred` is true; among them it may not be known which. `is_finite`
-    if the solution is, so that what has been made again should be."""
-    tol = tolerance(found.y[1])
+    if the solution is, so that what has been made again should be.
+
+    Returns also the new `noise`: by how much, in units of the spacing of numbers,
+    rounding `y` in each of so many steps changes the loss; the most so far. (Where a
+    solution is at rest the gradient with respect to a rate is made of nothing else.)"""
+    tol, eps = tolerance(found.y[1]), float(precision(found.y[1]).eps)
     if len(jtu.tree_leaves(_inexact(found.y))) == 0:
-        return jnp.zeros_like(pred)
+        return jnp.zeros_like(pred), noise
     if "vector_field" not in fns.hoisted:
-        return pred & _states_differ(tol, *found.comparable, None, is_finite)
+        out = _states_differ(tol, *found.comparable, None, None, is_finite)
+        return pred & out, noise
     static = eqx.filter(found.y[1], eqx.is_inexact_array, inverse=True)
     grad_y = jtu.tree_map(lambda g: jnp.where(pred, g, 0), grad_y)
 
@@ -93,17 +101,39 @@ def differs(
     # (Side by side: then XLA compares the gradients of constants as it makes them, and
     # none takes any memory.)
     (_, *rebuilt), (change, *stored) = map(pull, found.y)
-    # The size of an element does not vanish where it changes its sign.
-    out = _states_differ(tol, *found.comparable, _inexact(change), is_finite)
+    # The size of an element does not vanish where it changes its sign, nor where it is
+    # yet to become anything.
+    sizes = _inexact((change, found.y_later))
+    out = _states_differ(tol, *found.comparable, sizes[0], sizes[1], is_finite)
     # (The same for a batch, or gradients that it shares would be one for each element.)
     num_steps = eqxi.unvmap_max(num_steps)
-    totals = [{i: grad_consts[i] for i in stored[0]}, grad_y]
-    for a, b, total in zip(
-        *map(jtu.tree_leaves, (rebuilt, stored, totals)), strict=True
+    of_y = jtu.tree_map(
+        lambda g, y: jnp.sum(jnp.abs(g) * jnp.abs(y)).astype(noise.dtype),
+        grad_y,
+        _inexact(found.y[1]),
+    )
+    of_y = num_steps.astype(noise.dtype) * sum(jtu.tree_leaves(of_y))
+    noise = jnp.maximum(noise, eqxi.unvmap_max(of_y))
+    consts = {i: fns.consts[i] for i in stored[0]}
+    floors = [
+        {i: _FLOOR * eps * _ratio(noise, _largest(x)) for i, x in consts.items()},
+        jtu.tree_map(jnp.zeros_like, grad_y),
+    ]
+    totals = [{i: grad_consts[i] for i in consts}, grad_y]
+    for a, b, total, floor in zip(
+        *map(jtu.tree_leaves, (rebuilt, stored, totals, floors)), strict=True
     ):
         if a.size > 0:
-            out = out | _gradients_differ(_OF_GRADIENT * tol, a, b, total, num_steps)
-    return pred & out
+            tol_of_gradient = tol**_OF_GRADIENT
+            out = out | _gradients_differ(
+                tol_of_gradient, a, b, total, floor, num_steps
+            )
+    return pred & out, noise
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    b = b.astype(a.dtype)
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
 def _underflow(dtype) -> float:
@@ -119,9 +149,14 @@ def _inexact(tree: PyTree) -> PyTree:
 
 
 def _states_differ(
-    tol: float, rebuilt: PyTree, stored: PyTree, change: PyTree, is_finite: Array
+    tol: float,
+    rebuilt: PyTree,
+    stored: PyTree,
+    change: PyTree,
+    later: PyTree,
+    is_finite: Array,
 ) -> Array:
-    changes = jtu.tree_leaves(change)
+    changes, later = jtu.tree_leaves(change), jtu.tree_leaves(later)
     out = jnp.array(False)
     leaves = zip(*map(jtu.tree_leaves, map(_inexact, (rebuilt, stored))), strict=True)
     for i, (a, b) in enumerate(leaves):
@@ -133,6 +168,7 @@ def _states_differ(
         else:
             change_i = changes[i % len(changes)].astype(b.dtype)
             size = jnp.maximum(jnp.abs(b), jnp.abs(b + change_i))
+            size = jnp.maximum(size, jnp.abs(later[i % len(later)]).astype(size.dtype))
         bound = tol * size + _FLOOR * eps * jnp.max(size) + _underflow(b.dtype)
         # (What is not finite in the solution itself cannot be cured.)
         is_lost = ~(jnp.isfinite(b) | is_finite)
@@ -141,12 +177,13 @@ def _states_differ(
 
 
 def _gradients_differ(
-    tol: float, a: Array, b: Array, total: Array, num_steps: Array
+    tol: float, a: Array, b: Array, total: Array, floor: Array, num_steps: Array
 ) -> Array:
     n = num_steps.astype(jnp.finfo(b.dtype).dtype)
+    floor = jnp.abs(floor).astype(n.dtype)
     eps = float(jnp.finfo(b.dtype).eps)
     bound = tol * (jnp.abs(total) + n * jnp.abs(b))
-    bound = bound + 1e3 * eps * _largest(total) + n * _underflow(b.dtype)
+    bound = bound + 1e3 * eps * _largest(total) + floor + n * _underflow(b.dtype)
     return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
+from .._method.controlled import precision
 from . import verify as verify
 from .check import all_finite
 from .coupling_pullback import comparable
@@ -46,6 +47,8 @@ class Progress(NamedTuple):
     is_lost: Array
     # The number of the step from which all was made again that has been compared.
     compared: Array
+    # What rounding of `y` has done to the gradient, see `verify.differs`.
+    noise: Array
     # Of how many steps one is wanted besides those that the solver wants. (In the next
     # attempt, once this one has failed.)
     every: Array
@@ -109,6 +112,7 @@ class WayBack:
             has_failed=jnp.array(False),
             is_lost=jnp.array(False),
             compared=self._num_steps,
+            noise=jnp.zeros((), precision(ends.y).dtype),
             every=every,
         )
         window = Window(record.steps, zero, self._init_state.tprev, every)
@@ -184,6 +188,7 @@ class WayBack:
             has_failed=jnp.zeros_like(progress.has_failed),
             is_lost=jnp.zeros_like(progress.is_lost),
             compared=self._num_steps,
+            noise=jnp.zeros_like(progress.noise),
             every=progress.every,
         )
 
@@ -282,14 +287,14 @@ class WayBack:
         )
         arrives = moves & has_target & (carry.num_steps == target)
         checks = (arrives & ~is_single) | is_end
-        differs = jnp.zeros_like(progress.has_failed)
+        differs, noise = jnp.zeros_like(progress.has_failed), progress.noise
         if self._rebuilds:
-            differs = lax.cond(
+            differs, noise = lax.cond(
                 eqxi.unvmap_any(checks),
                 lambda: self._differs(
-                    carry, segment, restored(~is_end, kept, end), progress.since, checks
+                    carry, segment, restored(~is_end, kept, end), progress, checks
                 ),
-                lambda: differs,
+                lambda: (differs, noise),
             )
         # (Together, so that what a batch shares stays shared.)
         fails = checks & differs
@@ -304,6 +309,7 @@ class WayBack:
             has_failed=progress.has_failed | fails,
             is_lost=progress.is_lost | is_lost,
             compared=jnp.where(compares, start, progress.compared),
+            noise=noise,
             every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
 
@@ -342,24 +348,29 @@ class WayBack:
         carry: Carry,
         segment: Segment,
         state: tuple[PyTree, PyTree],
-        since: Array,
+        progress: Progress,
         checks: Array,
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         solver = self._forward.solver
         # (Of a step next to it, at the end of those that were read.)
         k = jnp.maximum(segment.last - carry.num_steps, 0)
         _, t0, t1, _ = segment.block.times(k)
         rebuilt = comparable(solver, carry.y1, carry.solver_state)
         found = verify.Found(
-            t0, t1, (carry.y1, state[0]), (rebuilt, comparable(solver, *state))
+            t0,
+            t1,
+            (carry.y1, state[0]),
+            (rebuilt, comparable(solver, *state)),
+            progress.carry.y1,
         )
-        num_steps = since - carry.num_steps
+        num_steps = progress.since - carry.num_steps
         return verify.differs(
             self._fns,
             found,
             carry.grad_y1,
             carry.grad_consts,
             num_steps,
+            progress.noise,
             checks,
             self._is_finite,
         )
