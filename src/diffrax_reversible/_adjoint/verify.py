@@ -107,33 +107,35 @@ def differs(
     out = _states_differ(tol, *found.comparable, sizes[0], sizes[1], is_finite)
     # (The same for a batch, or gradients that it shares would be one for each element.)
     num_steps = eqxi.unvmap_max(num_steps)
-    of_y = jtu.tree_map(
-        lambda g, y: jnp.sum(jnp.abs(g) * jnp.abs(y)).astype(noise.dtype),
-        grad_y,
-        _inexact(found.y[1]),
-    )
-    of_y = num_steps.astype(noise.dtype) * sum(jtu.tree_leaves(of_y))
-    noise = jnp.maximum(noise, eqxi.unvmap_max(of_y))
-    consts = {i: fns.consts[i] for i in stored[0]}
-    floors = [
-        {i: _FLOOR * eps * _ratio(noise, _largest(x)) for i, x in consts.items()},
-        jtu.tree_map(jnp.zeros_like, grad_y),
-    ]
-    totals = [{i: grad_consts[i] for i in consts}, grad_y]
-    for a, b, total, floor in zip(
-        *map(jtu.tree_leaves, (rebuilt, stored, totals, floors)), strict=True
-    ):
-        if a.size > 0:
-            tol_of_gradient = tol**_OF_GRADIENT
-            out = out | _gradients_differ(
-                tol_of_gradient, a, b, total, floor, num_steps
-            )
+    new_noise = _rounding(grad_y, stored[1], _inexact(found.y[1]), num_steps)
+    noise = jnp.maximum(noise, eqxi.unvmap_max(new_noise.astype(noise.dtype)))
+    tol = tol**_OF_GRADIENT
+    for i, b in stored[0].items():
+        floor = _FLOOR * eps * _over_largest(noise, fns.consts[i])
+        a, total = rebuilt[0][i], grad_consts[i]
+        if b.size > 0:
+            out = out | _gradients_differ(tol, a, b, total, floor, num_steps)
+    of_y = (rebuilt[1], stored[1], grad_y)
+    for a, b, total in zip(*map(jtu.tree_leaves, of_y), strict=True):
+        if b.size > 0:
+            floor = jnp.zeros((), noise.dtype)
+            out = out | _gradients_differ(tol, a, b, total, floor, num_steps)
     return pred & out, noise
 
 
-def _ratio(a: Array, b: Array) -> Array:
-    b = b.astype(a.dtype)
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+def _rounding(grad_y: PyTree, pulled: PyTree, y: PyTree, num_steps: Array) -> Array:
+    """What rounding `y` in each step does to the loss, in units of the spacing."""
+    total = jnp.zeros((), precision(y).dtype)
+    for g, h, x in zip(*map(jtu.tree_leaves, (grad_y, pulled, y)), strict=True):
+        # (Not of elements that nothing depends on, as one that only adds up.)
+        each = jnp.where(h != 0, jnp.abs(g) * jnp.abs(x), 0)
+        total = total + jnp.sum(each).astype(total.dtype)
+    return num_steps.astype(total.dtype) * total
+
+
+def _over_largest(a: Array, x: Array) -> Array:
+    largest = _largest(x).astype(a.dtype) if x.size > 0 else jnp.zeros_like(a)
+    return jnp.where(largest > 0, a / jnp.where(largest > 0, largest, 1), 0)
 
 
 def _underflow(dtype) -> float:
@@ -180,10 +182,10 @@ def _gradients_differ(
     tol: float, a: Array, b: Array, total: Array, floor: Array, num_steps: Array
 ) -> Array:
     n = num_steps.astype(jnp.finfo(b.dtype).dtype)
-    floor = jnp.abs(floor).astype(n.dtype)
     eps = float(jnp.finfo(b.dtype).eps)
     bound = tol * (jnp.abs(total) + n * jnp.abs(b))
-    bound = bound + 1e3 * eps * _largest(total) + floor + n * _underflow(b.dtype)
+    bound = bound + 1e3 * eps * _largest(total) + n * _underflow(b.dtype)
+    bound = bound + floor.astype(bound.dtype)
     return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
 
 
