@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan, slots as slots_
+from diffrax_reversible._adjoint import plan, slots as slots_, verify
 from diffrax_reversible._adjoint.slots import Slots
 from diffrax_reversible._diagnose import _made_again
 
@@ -389,6 +389,12 @@ def test_a_solution_at_rest():
     # Two increments there and two back; and a few states are made again. (It was 27002,
     # as all of them were.)
     assert evaluations < 1.2 * 400 * 24
+
+
+def test_rounding_of_what_only_adds_up():
+    # Or a large element would hide what happens to all others.
+    grad_y, pulled, y = jnp.ones(2), jnp.array([0.0, 1.0]), jnp.array([1e12, 0.5])
+    assert verify._rounding(grad_y, pulled, y, jnp.array(4)) == 2
 
 
 def test_a_stiff_operator():

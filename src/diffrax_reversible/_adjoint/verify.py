@@ -103,8 +103,8 @@ def differs(
     (_, *rebuilt), (change, *stored) = map(pull, found.y)
     # The size of an element does not vanish where it changes its sign, nor where it is
     # yet to become anything.
-    sizes = _inexact((change, found.y_later))
-    out = _states_differ(tol, *found.comparable, sizes[0], sizes[1], is_finite)
+    change, y_later = _inexact(change), _inexact(found.y_later)
+    out = _states_differ(tol, *found.comparable, change, y_later, is_finite)
     # (The same for a batch, or gradients that it shares would be one for each element.)
     num_steps = eqxi.unvmap_max(num_steps)
     new_noise = _rounding(grad_y, stored[1], _inexact(found.y[1]), num_steps)
@@ -115,11 +115,10 @@ def differs(
         a, total = rebuilt[0][i], grad_consts[i]
         if b.size > 0:
             out = out | _gradients_differ(tol, a, b, total, floor, num_steps)
-    of_y = (rebuilt[1], stored[1], grad_y)
+    of_y, no_floor = (rebuilt[1], stored[1], grad_y), jnp.zeros_like(noise)
     for a, b, total in zip(*map(jtu.tree_leaves, of_y), strict=True):
         if b.size > 0:
-            floor = jnp.zeros((), noise.dtype)
-            out = out | _gradients_differ(tol, a, b, total, floor, num_steps)
+            out = out | _gradients_differ(tol, a, b, total, no_floor, num_steps)
     return pred & out, noise
 
 
