@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._jax_compat import eqxi
 from .._method.affine import Registers, StepInfo
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
 from .._method.tree import stop_gradient, tree_add
 from .functions import of_dtype
 from .pullback import AbstractPullback, add_step, GenericPullback, Grads, Rebuilt, Start
+
+
+# A scale with which what is lost of a register, in one step, is more than rounding.
+_SMALL = 1 / 64
 
 
 class CouplingPullback(AbstractPullback):
@@ -45,12 +50,34 @@ class CouplingPullback(AbstractPullback):
         others = self.couplings[self._first_shift + 1 :]
         return all(map(self.solver.is_constant, others))
 
-    def _known_others(self, start: Start, fixed: PyTree) -> tuple[PyTree, ...]:
-        """What that depends on. Nothing has to be undone for it."""
-        registers = list(self.solver.split(start.y, start.solver_state).registers)
-        for coupling in self.couplings[: self._first_shift]:
-            coupling.apply(registers, coupling.scale_at(fixed), None)
-        return self.couplings[self._first_shift].others(registers)
+    @property
+    def _last_loss(self) -> int:
+        """The last coupling that, when it is undone, may lose more than rounding. What
+        those before it are given cannot be had from the end of the step, even if its
+        start is known."""
+        lossy = [
+            k
+            for k, coupling in enumerate(self.couplings)
+            if callable(coupling.scale) or abs(coupling.scale) < _SMALL
+        ]
+        return max(lossy, default=0)
+
+    def _known(self, fns, start: Start, fixed, arguments: Callable) -> list[tuple]:
+        """The registers before each coupling, from the start of the step: as far as
+        that takes no evaluation, or cannot be had from its end."""
+        registers0, value, *_ = self.solver.split(start.y, start.solver_state)
+        registers, out = list(registers0), [tuple(registers0)]
+        for k in range(max(self._first_shift, self._last_loss)):
+            coupling, shift = self.couplings[k], None
+            if coupling.shift is not None:
+                value_k = value if self._has_value(k) else None
+                constant, varying = arguments(coupling.others(registers), value_k)
+                call = lambda: fns.call(f"shift_{k}", *constant, *varying)[0]
+                shift = _if(eqxi.unvmap_any(start.is_known), call)
+            scale, _ = self._scale(fns, k, fixed)
+            coupling.apply(registers, scale, shift)
+            out.append(tuple(registers))
+        return out
 
     def _has_value(self, k: int) -> bool:
         return self.solver.has_evaluate and k in (0, self.last)
@@ -165,25 +192,36 @@ class CouplingPullback(AbstractPullback):
         registers = solver._unpermute(registers1)
         value0 = residuals0 = with_residuals = None
         undone: list[Any] = [None] * len(self.couplings)
+        arguments = lambda others, value: (constant, (*varying, others, value))
+        known = self._known(fns, start, fixed, arguments)
         for k in reversed(range(len(self.couplings))):
-            others = self.couplings[k].others(registers)
-            if k == self._first_shift:
-                others = start.select(self._known_others(start, fixed), others)
+            coupling = self.couplings[k]
+            others = coupling.others(registers)
+            if k < len(known):
+                others = start.select(coupling.others(known[k]), others)
             value = value1 if self._has_value(k) else None
             if self._has_value(k) and k == 0:
                 value0, residuals0, with_residuals = fns.linearise(
                     "evaluate", *self._evaluate_arguments(fns, step.t0, others)
                 )
                 # At the start of the solve, it need not be what is found here.
-                known = solver.split(start.y, start.solver_state).value
-                value = value0 = start.select(known, value0)
-            arguments = constant, (*varying, others, value)
+                kept = solver.split(start.y, start.solver_state).value
+                value = value0 = start.select(kept, value0)
             is_needed: Any = True
             if k > self._first_shift and self._rebuilds_by_constants:
                 is_needed = start.is_rebuilt | want_dense_info
             undone[k] = self._undo(
-                fns, k, registers, fixed, arguments, want_dense_info, is_needed
+                fns,
+                k,
+                registers,
+                fixed,
+                arguments(others, value),
+                want_dense_info,
+                is_needed,
             )
+            if k < len(known):
+                unscaled = start.select(known[k][coupling.register], undone[k].unscaled)
+                undone[k] = undone[k]._replace(unscaled=unscaled)
         registers0 = tuple(registers)
         if solver.has_evaluate:
             # All linearisations of `evaluate` differ only in their residuals.
@@ -335,20 +373,46 @@ class _Total:
 
 def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):
     """What should be the same, but for rounding, in what was rebuilt and in what was
-    stored: `y`, but for solvers with `evaluate` the registers that do not depend on the
-    kept value. For that may be from before the solve, with other `args`."""
-    if isinstance(solver, AbstractCouplingSolver) and solver.has_evaluate:
-        registers = solver.split(y, solver_state).registers
-        return solver.checked_couplings()[0].others(registers)
-    return y
+    stored, at the start of a step: `y` and the solver state, but for what is recorded.
+
+    Of couplings it is the registers, less what the step is about to forget. A constant
+    has no gradient, and no size of its own: it matters where another register is read
+    less that one. And nothing that the kept value goes into: that may be from before
+    the solve, with other `args`."""
+    if not isinstance(solver, AbstractCouplingSolver):
+        where = lambda state: jtu.tree_leaves(solver.recorded(state))
+        recorded = where(solver_state)
+        if len(recorded) > 0:
+            solver_state = eqx.tree_at(where, solver_state, [None] * len(recorded))
+        return y, solver_state
+    start, couplings = solver.arrange(y, solver_state), solver.checked_couplings()
+    registers = list(start.registers)
+    for coupling in couplings:
+        if callable(coupling.scale):
+            # (Where that is zero it is anything.)
+            scale, i = coupling.scale_at(start.fixed), coupling.register
+            scaled = coupling.scaled(registers, scale)
+            registers[i] = jtu.tree_map(lambda x: jnp.where(scale == 0, 0, x), scaled)
+    left_out = set(solver.constants)
+    if solver.has_evaluate:
+        left_out.update(couplings[0].updated)
+        couplings = couplings[:1]
+    differences = [
+        coupling.others(registers)[coupling.register]
+        for coupling in couplings
+        if coupling.also is not None
+    ]
+    return [x for i, x in enumerate(registers) if i not in left_out], differences
 
 
 def make_pullback(
     solver: AbstractReversibleSolver, solver_state: PyTree, made_jump: Any
 ) -> AbstractPullback:
-    if not isinstance(solver, AbstractCouplingSolver) or (
-        # After a jump, or a reset, the value at hand is not that from the step before.
-        solver.has_evaluate and (solver.resets or made_jump is not False)
+    if (
+        not isinstance(solver, AbstractCouplingSolver)
+        or solver.resets
+        # After a jump the value at hand is not that from the step before.
+        or (solver.has_evaluate and made_jump is not False)
     ):
         return GenericPullback(solver)
     # What is recorded may be among what is differentiated, if it is not only counters.

@@ -107,7 +107,7 @@ def outer_while_loop(
         made_jump,
     )
     pullback.add_functions(hoister, terms, args, step)
-    verify.add_functions(hoister, terms, args, step)
+    verify.add_functions(hoister, solver, terms, args, step)
     for i, sub in enumerate(subs):
         save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts

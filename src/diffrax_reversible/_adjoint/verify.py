@@ -6,6 +6,7 @@ difference that is hardly one. If they differ, it is walked again, with states k
 densely.
 """
 
+import functools as ft
 import math
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
 from .._method.controlled import precision, rms
+from .coupling_pullback import comparable
 from .functions import Functions, of_dtype
 from .hoist import Hoister
 from .pullback import Step
@@ -37,9 +39,12 @@ _OF_GRADIENT = 3 / 4
 _FLOOR = 8
 
 
-def add_functions(hoister: Hoister, terms, args, step: Step) -> None:
-    """Adds the vector field, if there is one that takes the whole of `y`. `step` is an
-    example."""
+def add_functions(hoister: Hoister, solver, terms, args, step: Step) -> None:
+    """Adds what is compared, and the vector field, if there is one that takes the whole
+    of `y`. `step` is an example."""
+    hoister.add(
+        "comparable", ft.partial(comparable, solver), step.y1, step.solver_state
+    )
     if not isinstance(terms, diffrax.AbstractTerm):
         return
     struct = eqx.filter_eval_shape(terms.contr, step.t0, step.t1)
@@ -55,14 +60,33 @@ def add_functions(hoister: Hoister, terms, args, step: Step) -> None:
 
 
 class Found(NamedTuple):
-    """A state, as it was rebuilt and as it was stored; and a later one."""
+    """A state, as it was rebuilt and as it was stored; and a later one. Each is a pair
+    of `y` and the solver state."""
 
     t0: Array
     t1: Array
-    y: tuple[PyTree, PyTree]
-    # What should be the same: that, or other registers of its structure.
-    comparable: tuple[PyTree, PyTree]
-    y_later: PyTree
+    rebuilt: tuple[PyTree, PyTree]
+    stored: tuple[PyTree, PyTree]
+    later: tuple[PyTree, PyTree]
+
+    @property
+    def y(self) -> tuple[PyTree, PyTree]:
+        return self.rebuilt[0], self.stored[0]
+
+    def differs(self, fns: Functions, change: PyTree, is_finite: Array) -> Array:
+        """Whether they differ. `change` is that of `y` in the next step, or `None` if
+        it is not known."""
+        states = (self.rebuilt, self.stored, self.later)
+        rebuilt, stored, later = [fns.call("comparable", *state) for state in states]
+        moved = None
+        if change is not None:
+            y, solver_state = self.stored
+            moved_y = jtu.tree_map(
+                lambda x, c: x if c is None else x + c.astype(x.dtype), y, change
+            )
+            moved = fns.call("comparable", moved_y, solver_state)
+        tol = tolerance(self.stored[0])
+        return _states_differ(tol, rebuilt, stored, later, moved, is_finite)
 
 
 def differs(
@@ -87,8 +111,7 @@ def differs(
     if len(jtu.tree_leaves(_inexact(found.y))) == 0:
         return jnp.zeros_like(pred), noise
     if "vector_field" not in fns.hoisted:
-        out = _states_differ(tol, *found.comparable, None, None, is_finite)
-        return pred & out, noise
+        return pred & found.differs(fns, None, is_finite), noise
     static = eqx.filter(found.y[1], eqx.is_inexact_array, inverse=True)
     grad_y = jtu.tree_map(lambda g: jnp.where(pred, g, 0), grad_y)
 
@@ -103,8 +126,7 @@ def differs(
     (_, *rebuilt), (change, *stored) = map(pull, found.y)
     # The size of an element does not vanish where it changes its sign, nor where it is
     # yet to become anything.
-    change, y_later = _inexact(change), _inexact(found.y_later)
-    out = _states_differ(tol, *found.comparable, change, y_later, is_finite)
+    out = found.differs(fns, _inexact(change), is_finite)
     # (The same for a batch, or gradients that it shares would be one for each element.)
     num_steps = eqxi.unvmap_max(num_steps)
     new_noise = _rounding(grad_y, stored[1], _inexact(found.y[1]), num_steps)
@@ -153,28 +175,39 @@ def _states_differ(
     tol: float,
     rebuilt: PyTree,
     stored: PyTree,
-    change: PyTree,
     later: PyTree,
+    moved: PyTree,
     is_finite: Array,
 ) -> Array:
-    changes, later = jtu.tree_leaves(change), jtu.tree_leaves(later)
     out = jnp.array(False)
-    leaves = zip(*map(jtu.tree_leaves, map(_inexact, (rebuilt, stored))), strict=True)
-    for i, (a, b) in enumerate(leaves):
+    states = (rebuilt, stored, later, stored if moved is None else moved)
+    for a, b, *others in zip(*map(_arrays, states), strict=True):
         if b.size == 0:
             continue
+        if not eqx.is_inexact_array(b):
+            out = out | jnp.any(a != b)
+            continue
         eps = float(jnp.finfo(b.dtype).eps)
-        if len(changes) == 0:
-            size = jnp.abs(b) + rms(b).astype(jnp.abs(b).dtype)
-        else:
-            change_i = changes[i % len(changes)].astype(b.dtype)
-            size = jnp.maximum(jnp.abs(b), jnp.abs(b + change_i))
-            size = jnp.maximum(size, jnp.abs(later[i % len(later)]).astype(size.dtype))
-        bound = tol * size + _FLOOR * eps * jnp.max(size) + _underflow(b.dtype)
+        size = _size(b)
+        if moved is None:
+            size = size + rms(size).astype(size.dtype)
+        for x in others:
+            size = jnp.maximum(size, _size(x))
+        # (It may be of less precision than `y` is.)
+        bound = max(tol, tolerance(b)) * size
+        bound = bound + _FLOOR * eps * jnp.max(size) + _underflow(b.dtype)
         # (What is not finite in the solution itself cannot be cured.)
         is_lost = ~(jnp.isfinite(b) | is_finite)
-        out = out | ~jnp.all((jnp.abs(a - b) <= bound) | is_lost)
+        out = out | ~jnp.all((a == b) | (jnp.abs(a - b) <= bound) | is_lost)
     return out
+
+
+def _size(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
+
+
+def _arrays(tree: PyTree) -> list[Array]:
+    return jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
 
 
 def _gradients_differ(

@@ -17,7 +17,6 @@ from .._jax_compat import eqxi
 from .._method.controlled import precision
 from . import verify as verify
 from .check import all_finite
-from .coupling_pullback import comparable
 from .forward import Ends, Forward, Record
 from .functions import Functions
 from .replay import make_again
@@ -351,17 +350,16 @@ class WayBack:
         progress: Progress,
         checks: Array,
     ) -> tuple[Array, Array]:
-        solver = self._forward.solver
         # (Of a step next to it, at the end of those that were read.)
         k = jnp.maximum(segment.last - carry.num_steps, 0)
         _, t0, t1, _ = segment.block.times(k)
-        rebuilt = comparable(solver, carry.y1, carry.solver_state)
+        later = progress.carry
         found = verify.Found(
             t0,
             t1,
-            (carry.y1, state[0]),
-            (rebuilt, comparable(solver, *state)),
-            progress.carry.y1,
+            (carry.y1, carry.solver_state),
+            state,
+            (later.y1, later.solver_state),
         )
         num_steps = progress.since - carry.num_steps
         return verify.differs(

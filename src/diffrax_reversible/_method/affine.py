@@ -129,13 +129,16 @@ class Coupling(eqx.Module):
         """What `shift` returns, if there is one."""
         return (None, {}) if self.shift is None else self.shift(step, others)
 
+    def scaled(self, registers: Sequence[PyTree], scale: RealScalarLike) -> PyTree:
+        """The register that it updates, before that is shifted."""
+        x = registers[self.register]
+        return x if _is_one(scale) else jtu.tree_map(lambda x: _times(scale, x), x)
+
     def apply(
         self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree
     ) -> None:
         """Updates `registers`, in place."""
-        i = self.register
-        if not _is_one(scale):
-            registers[i] = jtu.tree_map(lambda x: _times(scale, x), registers[i])
+        registers[self.register] = self.scaled(registers, scale)
         if self.shift is not None:
             for j in self.updated:
                 registers[j] = jtu.tree_map(lambda x, s: x + s, registers[j], shift)
