@@ -4,6 +4,7 @@ coupling is controlled, what it forgets is kept, and what drifts is found and cu
 
 import functools as ft
 import math
+import re
 
 import diffrax
 import equinox as eqx
@@ -578,3 +579,49 @@ def test_diagnose_other_solvers():
         dfxr.diagnose(term, solver, 0, 1, 0.1, jnp.array(1.0), max_steps=None)
     with pytest.raises(ValueError, match="UReversible"):
         dfxr.diagnose(term, diffrax.Tsit5(), 0, 1, 0.1, jnp.array(1.0))
+
+
+def test_diagnose_prints():
+    # `y1` decays: with a number for the coupling undoing a step amplifies rounding.
+    term = diffrax.ODETerm(lambda t, y, args: jnp.stack([jnp.cos(t), -2 * y[1]]))
+
+    def diagnose(solver, **kwargs):
+        adjoint = dfxr.ReversibleAdjoint(**kwargs)
+        y0 = jnp.array([1.0, 2.0])
+        return dfxr.diagnose(
+            term, solver, 0, 8, 0.05, y0, adjoint=adjoint, max_steps=160
+        )
+
+    def lines(found):
+        assert repr(found) == str(found)
+        return str(found).split("\n")
+
+    well = diagnose(CONTROLLED, checkpoints=160)
+    assert well.num_checkpoints > 1
+    assert lines(well) == [
+        f"160 steps, undone well: the largest drift is {well.drift.max():.1e}, at t = "
+        f"{well.ts[well.drift.argmax()]:.4g}.",
+        f"{well.num_checkpoints} states are wanted, 160 can be stored, and 0 steps are "
+        "recomputed.",
+        "Nothing is to be done.",
+    ]
+    few = diagnose(CONTROLLED, checkpoints=1)
+    _, states, todo = lines(few)
+    assert f"1 can be stored, and {few.made_again.sum()} steps are recomp" in states
+    assert todo == (
+        f"To save time, use `ReversibleAdjoint(checkpoints={few.num_checkpoints})`."
+    )
+    # So it is.
+    again = diagnose(CONTROLLED, checkpoints=few.num_checkpoints)
+    assert again.made_again.sum() == 0 and lines(again)[2] == "Nothing is to be done."
+
+    forgetful = dfxr.UReversible(diffrax.Heun(), 0.7)
+    badly = diagnose(forgetful)
+    steps, states, todo = lines(badly)
+    assert steps.startswith("160 steps, undone badly: the largest drift is ")
+    assert states.startswith("0 states are wanted")
+    match = re.search(r"checkpoint_every=(\d+)\)`, or a solver that wants", todo)
+    assert match is not None
+    cured = diagnose(forgetful, checkpoint_every=int(match[1]), checkpoints=160)
+    assert cured.drift.max() <= cured.tolerance < badly.drift.max()
+    assert lines(cured)[2] == "Nothing is to be done."

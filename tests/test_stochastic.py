@@ -467,13 +467,20 @@ def test_counts(base, kind, num_drifts, num_diffusions):
 
 
 @pytest.mark.parametrize(
-    "base", [diffrax.Euler(), diffrax.ItoMilstein(), diffrax.EulerHeun()]
+    "base",
+    [
+        diffrax.Euler(),
+        diffrax.ItoMilstein(),
+        diffrax.EulerHeun(),
+        diffrax.StratonovichMilstein(),
+    ],
 )
 def test_other_bases(base):
     with pytest.raises(ValueError, match=r"`UReversible\(diffrax\.Heun\(\)\)`") as e:
         dfxr.UReversible(base)
     is_ito = isinstance(base, diffrax.AbstractItoSolver)
     assert ("converges to the Ito solution" in str(e.value)) == is_ito
+    assert ("with the same strong order" in str(e.value)) == (not is_ito)
 
 
 def test_base_itself():

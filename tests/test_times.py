@@ -458,9 +458,10 @@ def test_where_the_vector_field_jumps():
     # What a controller is told of a jump, in order that the time of the jump can be
     # differentiated: the vector field has no derivative there, but the step that ends
     # at the jump has.
-    def loss(adjoint, s):
-        pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
-        controller = diffrax.ClipStepSizeController(pid, jump_ts=s[None])
+    def loss(adjoint, s, is_told=True):
+        controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+        if is_told:
+            controller = diffrax.ClipStepSizeController(controller, jump_ts=s[None])
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, s: jnp.where(t < s, 1.0, -2.0) * jnp.ones(2)),
             RK,
@@ -480,6 +481,9 @@ def test_where_the_vector_field_jumps():
     value, grad = jax.jit(jax.value_and_grad(ft.partial(loss, ADJOINT)))(s)
     assert abs(value - (jnp.sum(Y0) + 2 * (3 * s - 2))) < 1e-8
     assert abs(grad - 6) < 1e-8
+    # Without being told, none.
+    for adjoint in (ADJOINT, diffrax.RecursiveCheckpointAdjoint()):
+        assert jax.jit(jax.grad(ft.partial(loss, adjoint, is_told=False)))(s) == 0
 
 
 # Where the input is switched, and by how much.

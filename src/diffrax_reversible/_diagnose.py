@@ -14,6 +14,7 @@ from ._adjoint.drift import distance
 from ._adjoint.plan import make_forward
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.steps import Window
+from ._adjoint.verify import tolerance
 from ._compat import ArrayTree, BoolScalarLike, host_loop, PyTree, RealScalarLike, Terms
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
@@ -23,7 +24,7 @@ from ._solver.u_reversible import UReversible
 
 class Diagnosis(eqx.Module):
     """What [`diffrax_reversible.diagnose`][] returns: for each accepted step, how well
-    it is undone, and what that costs.
+    it is undone, and what that costs. `print` it for a summary, with what to do.
 
     **Attributes:** (NumPy arrays of shape `(steps,)`, unless another type is given)
 
@@ -34,14 +35,16 @@ class Diagnosis(eqx.Module):
         `y`, such as a velocity.
     - `coupling`: The coupling of [`diffrax_reversible.UReversible`][]: the number $m$
         of the step, or the `coupling_parameter`. NaN for other solvers.
-    - `checkpoints`: Whether the solver wants the state at the start of the step stored.
-        Booleans.
+    - `checkpoints`: Whether the state at the start of the step should be stored, as the
+        solver wants it or as it is one of `checkpoint_every`. Booleans.
     - `drift`: The distance between `y` and what it is rebuilt as, starting from the end
         of the solve or from the next of the `checkpoints`, whichever is sooner;
         relative to the size of `y`.
     - `made_again`: How often the step is recomputed on the backward pass, as fewer
-        states are stored than the solver wants. Integers. (More are recomputed if
-        verification fails.)
+        states are stored than should be. Integers. (More are recomputed if verification
+        fails.)
+    - `max_checkpoints`: How many states can be stored. An integer.
+    - `tolerance`: The `drift` beyond which verification fails. A number.
     - `solution`: The [`diffrax.Solution`][] of the solve.
     """
 
@@ -51,13 +54,59 @@ class Diagnosis(eqx.Module):
     checkpoints: Bool[np.ndarray, " steps"]
     drift: Float[np.ndarray, " steps"]
     made_again: Int[np.ndarray, " steps"]
+    max_checkpoints: int
+    tolerance: float
     solution: diffrax.Solution
 
     @property
     def num_checkpoints(self) -> int:
-        """How many states the solver wants stored. With as many `checkpoints` of
+        """How many states should be stored. With as many `checkpoints` of
         [`diffrax_reversible.ReversibleAdjoint`][] nothing is recomputed."""
         return int(np.sum(self.checkpoints))
+
+    def __repr__(self) -> str:
+        n, wanted, room = len(self.ts), self.num_checkpoints, self.max_checkpoints
+        if n == 0:
+            return "No steps."
+        again, worst = int(np.sum(self.made_again)), int(np.argmax(self.drift))
+        # (Not if it is NaN.)
+        is_well = bool(self.drift[worst] <= self.tolerance)
+        how = "well" if is_well else "badly"
+        steps = (
+            f"{n} steps, undone {how}: the largest drift is {self.drift[worst]:.1e}, "
+            f"at t = {self.ts[worst]:.4g}."
+        )
+        states = (
+            f"{wanted} states are wanted, {room} can be stored, and {again} steps are "
+            "recomputed."
+        )
+        remedies = []
+        if not is_well:
+            steps += (
+                f" Beyond {self.tolerance:.1e} gradients take longer, as verification "
+                "fails and more is recomputed."
+            )
+            remedies = [
+                f"`ReversibleAdjoint(checkpoint_every={self._steps_undone_well()})`",
+                "a solver that wants states where it needs them, as "
+                "`UReversible(diffrax.Tsit5())`",
+            ]
+        elif again > 0:
+            remedies = [f"`ReversibleAdjoint(checkpoints={wanted})`"]
+        todo = "Nothing is to be done."
+        if len(remedies) > 0:
+            todo = f"To save time, use {', or '.join(remedies)}."
+        return "\n".join((steps, states, todo))
+
+    def _steps_undone_well(self) -> int:
+        """How many at a time: the fewest that lead from a state that is known to where
+        the drift is too large."""
+        counts, count = [], 0
+        for drift, is_known in zip(self.drift[::-1], self.checkpoints[::-1]):
+            if not drift <= self.tolerance:
+                counts.append(count)
+            count = 0 if is_known else count + 1
+        return max(1, min(counts))
 
     def plot(self, filename: str | None = None) -> Any:
         """Draws `separation`, `coupling`, `drift` and `made_again` over time, with a
@@ -128,8 +177,8 @@ def diagnose(
 
     Those of [`diffrax.diffeqsolve`][], with a reversible `solver`. These differ:
 
-    - `adjoint`: The [`diffrax_reversible.ReversibleAdjoint`][] of which `made_again` is
-        told. Any other adjoint stands for `ReversibleAdjoint()`, the default.
+    - `adjoint`: The [`diffrax_reversible.ReversibleAdjoint`][] that is to be used. Any
+        other adjoint stands for `ReversibleAdjoint()`, the default.
     - `max_steps`: Not `None`.
     - `throw`: `False` by default.
 
@@ -168,32 +217,36 @@ def diagnose(
     )
     found = sol.stats.pop("diagnosis")
     num_slots, grid = map(int, sol.stats.pop("slots"))
+    tol = float(sol.stats.pop("tolerance"))
     n = int(sol.stats["num_accepted_steps"])
     out = {name: np.asarray(x)[:n] for name, x in found.items()}
-    is_wanted = out["checkpoints"].copy()
-    if adjoint.checkpoint_every is not None:
-        is_wanted[:: adjoint.checkpoint_every] = True
-    out["made_again"] = _made_again(is_wanted, num_slots, grid)
+    out["made_again"] = _made_again(out["checkpoints"], num_slots, grid)
     if sol.t1 < sol.t0:
         # The host integrates over reversed time.
         out["ts"] = -out["ts"]
-    return Diagnosis(**out, solution=sol)
+    return Diagnosis(**out, max_checkpoints=num_slots, tolerance=tol, solution=sol)
 
 
 def _made_again(
     is_wanted: Bool[np.ndarray, " steps"], num_slots: int, grid: int
 ) -> Int[np.ndarray, " steps"]:
     """How often each step is made again, if all of them are recorded: which states are
-    kept on the way forward, and which on the way back."""
+    kept on the way forward (see `Keeping` and `Forward`), and which on the way back."""
     n = len(is_wanted)
-    out, stack, stride, count = np.zeros(n, int), [0], 1, 0
+    kept, stride, count = [], 1, 0
     for i in range(1, n):
-        if is_wanted[i] or i % grid == 0:
-            count += 1
-            if count % stride == 0 and len(stack) > num_slots:
-                stack[1:], stride = stack[2::2], 2 * stride
-            if count % stride == 0 and len(stack) <= num_slots:
-                stack.append(i)
+        count += is_wanted[i]
+        may_be_kept = is_wanted[i] or i % grid == 0 or i <= num_slots
+        if not may_be_kept or (is_wanted[i] and count % stride != 0):
+            continue
+        if len(kept) == num_slots:
+            if not np.all(is_wanted[kept]):
+                kept = [k for k in kept if is_wanted[k]]
+            elif is_wanted[i]:
+                kept, stride = kept[1::2], 2 * stride
+        if len(kept) < num_slots and not (is_wanted[i] and count % stride != 0):
+            kept.append(i)
+    out, stack = np.zeros(n, int), [0, *kept]
     for i in reversed(range(1, n)):
         while stack[-1] > i:
             stack.pop()
@@ -272,14 +325,31 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         )
         [(init_state, final_state, record)] = records
         found = _walk_back(
-            forward, record, solver, terms, args, init_state, final_state, max_steps
+            forward,
+            record,
+            solver,
+            terms,
+            args,
+            init_state,
+            final_state,
+            max_steps,
+            self.adjoint.checkpoint_every,
         )
         slots = (jnp.array(real.num_slots), jnp.array(real.grid))
-        return out, {**stats, "diagnosis": found, "slots": slots}
+        tol = jnp.array(tolerance(init_state.y))
+        return out, {**stats, "diagnosis": found, "slots": slots, "tolerance": tol}
 
 
 def _walk_back(
-    forward, record, solver, terms, args, init_state, final_state, max_steps
+    forward,
+    record,
+    solver,
+    terms,
+    args,
+    init_state,
+    final_state,
+    max_steps,
+    checkpoint_every,
 ):
     zero = jnp.array(0)
     window = Window(record.steps, zero, init_state.tprev, jnp.array(1))
@@ -305,6 +375,8 @@ def _walk_back(
         states = (state_stored, after, made_jump)
         needs = jnp.asarray(solver.needs_checkpoint(*states))
         wants = needs | solver.wants_checkpoint(*states)
+        if checkpoint_every is not None:
+            wants = wants | ((index > 0) & (index % checkpoint_every == 0))
         drift = distance(y0, y_stored, y1)
         separation, m = _coupling(solver, y_stored, state_stored)
         values = dict(

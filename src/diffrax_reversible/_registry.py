@@ -4,7 +4,7 @@ from typing import Literal
 import diffrax
 
 from ._method.base import AbstractReversibleSolver
-from ._solver.bases import instead_of, ito_warning, spelling
+from ._solver.bases import instead_of, note_on_sdes, spelling
 from ._solver.leapfrog_midpoint import LeapfrogMidpoint
 from ._solver.reversible_heun import ReversibleHeun
 from ._solver.semi_implicit_euler import SemiImplicitEuler
@@ -90,5 +90,5 @@ def to_reversible(
         remedy = f"`{instead or 'UReversible(diffrax.Tsit5())'}`"
     raise ValueError(
         f"`{name}` needs a reversible solver, and `{spelling(solver)}` is not one. Use "
-        f"{remedy}.{ito_warning(solver)}"
+        f"{remedy}.{note_on_sdes(solver)}"
     )

@@ -45,13 +45,13 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     all if 64 states are wanted, and 1.6 if it is 1000.)
 
     **Verification:** At each stored state, and at the start, what was rebuilt is
-    compared with it: each element of the state, and what the vector field does with a
-    gradient there. If they differ, then the backward pass begins anew with the state at
-    every 16th step wanted, or that at every step, so that nothing is rebuilt. An error
-    in what is rebuilt costs time, and does not change the result. What is recomputed is
-    compared in turn, with where the backward pass stands. If it differs, as steps of
-    given sizes amplify rounding, an error is raised: that has no cure but more
-    `checkpoints`.
+    compared with it: each element of `y` and of the solver state, and what the vector
+    field does with a gradient there. If they differ, then the backward pass begins anew
+    with the state at every 16th step wanted, or that at every step, so that nothing is
+    rebuilt. An error in what is rebuilt costs time, and does not change the result.
+    What is recomputed is compared in turn, with where the backward pass stands. If it
+    differs, as steps of given sizes amplify rounding, an error is raised: that has no
+    cure but more `checkpoints`.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event
@@ -63,7 +63,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     respect to `dt0` and to tolerances is zero. (The solution depends on step times only
     through its error. So the gradient with respect to a time is that of the true
     solution up to the order of the solver, also if the vector field jumps at one of
-    `step_ts` or `jump_ts`; but finite differences of a coarse solve differ from it.)
+    `step_ts` or `jump_ts`; but finite differences of a coarse solve differ from it.) If
+    the controller is not told of the time of a jump then the gradient with respect to
+    that time is zero, as with any adjoint of diffrax: give it to
+    `ClipStepSizeController(jump_ts=...)`.
 
     !!! warning
 

@@ -11,6 +11,8 @@ from .._method.interpolation import has_own_interpolation
 
 _FOR_LANGEVIN = (diffrax.ALIGN, diffrax.QUICSORT, diffrax.ShOULD)
 _FOR_SDES = (diffrax.AbstractItoSolver, diffrax.AbstractStratonovichSolver)
+# Of strong order 1/2, and 1 if the noise commutes, as the second needs it: as `Heun`.
+_STRATONOVICH = (diffrax.EulerHeun, diffrax.StratonovichMilstein)
 # Those that `ReversibleAdjoint` accepts as they are.
 _ACCEPTED = (
     diffrax.LeapfrogMidpoint,
@@ -62,8 +64,13 @@ def instead_of(solver: Any) -> str | None:
     return "UReversible(diffrax.Tsit5())"
 
 
-def ito_warning(solver: Any) -> str:
-    """What else to know, of a solver for Ito SDEs."""
+def note_on_sdes(solver: Any) -> str:
+    """What else to know of what to use instead, for an SDE."""
+    if type(solver) in _STRATONOVICH:
+        return (
+            " (If this is an SDE: `diffrax.Heun` converges to the same solution as "
+            f"`{spelling(solver)}`, with the same strong order.)"
+        )
     if not issubclass(type(solver), diffrax.AbstractItoSolver):
         return ""
     return (
@@ -93,7 +100,7 @@ def check_base(solver: Any) -> None:
             instead = f"adjoint=diffrax.RecursiveCheckpointAdjoint()` with `{name}()"
         raise ValueError(
             f"`UReversible({name}())` is not supported, as `{name}` {why_not}. Use "
-            f"`{instead}`.{ito_warning(solver)}"
+            f"`{instead}`.{note_on_sdes(solver)}"
         )
     if not is_srk(solver):
         has_own_interpolation(cast(diffrax.AbstractERK, solver))
