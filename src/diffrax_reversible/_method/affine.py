@@ -204,7 +204,8 @@ Coupling.__init__.__doc__ = """**Arguments:**
     scaled.
 - `scale`: The factor $\\alpha$; must not be zero. Either a Python number, or a function
     that takes `StepInfo.fixed` and returns a scalar. (Such a function may return zero
-    in a step for which `needs_checkpoint` or `wants_checkpoint` is true.)
+    in a step for which `needs_checkpoint` is true; or `wants_checkpoint`, if no shift
+    before it in that step depends on the register.)
 - `also`: Another register, to which the same increment is added. What `shift` is given
     in the place of `register` is then the difference of the two, `registers[register] -
     registers[also]`, which does not change. For solvers that keep a second copy of a

@@ -61,6 +61,10 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         - The dictionary of information that is passed to the solver's interpolation
             routine for dense output over `[t0, t1]`, as returned by `step`.
         - The solver state at `t0`.
+
+        [`diffrax_reversible.ReversibleAdjoint`][] compares `y` and the solver state,
+        but for what is recorded, with what was stored: floating-point numbers to about
+        half of their digits, and all others exactly. What differs is recomputed.
         """
 
     def recorded(self, solver_state: Any) -> Any:
@@ -123,9 +127,6 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         **Returns:**
 
         A boolean. By default the Python value `False`.
-
-        [`diffrax_reversible.ReversibleAdjoint`][] compares what was rebuilt with what
-        was stored.
         """
         del solver_state, new_solver_state, made_jump
         return False
