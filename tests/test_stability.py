@@ -587,7 +587,7 @@ def test_diagnose_prints():
 
     def diagnose(solver, **kwargs):
         adjoint = dfxr.ReversibleAdjoint(**kwargs)
-        y0 = jnp.array([1.0, 2.0])
+        y0 = jnp.array([3.0, 2.0])
         return dfxr.diagnose(
             term, solver, 0, 8, 0.05, y0, adjoint=adjoint, max_steps=160
         )

@@ -99,14 +99,14 @@ class Diagnosis(eqx.Module):
         return "\n".join((steps, states, todo))
 
     def _steps_undone_well(self) -> int:
-        """How many at a time: the fewest that lead from a state that is known to where
-        the drift is too large."""
+        """How many at a time: half of the fewest that lead from a state that is known
+        to where the drift is too large, as drift grows faster elsewhere."""
         counts, count = [], 0
         for drift, is_known in zip(self.drift[::-1], self.checkpoints[::-1]):
             if not drift <= self.tolerance:
                 counts.append(count)
             count = 0 if is_known else count + 1
-        return max(1, min(counts))
+        return max(1, min(counts) // 2)
 
     def plot(self, filename: str | None = None) -> Any:
         """Draws `separation`, `coupling`, `drift` and `made_again` over time, with a
