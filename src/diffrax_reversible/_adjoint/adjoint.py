@@ -137,6 +137,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         solver: diffrax.AbstractSolver[Any],
         stepsize_controller: diffrax.AbstractStepSizeController[Any, Any],
         saveat: diffrax.SaveAt,
+        event: diffrax.Event | None,
         t1: RealScalarLike,
         init_state: Any,
         throw: bool,
@@ -164,7 +165,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             stepsize_controller=stepsize_controller,
             t1=t1,
             init_state=init_state,
-            **{k: v for k, v in kwargs.items() if k != "event"},
+            **kwargs,
         )
         outer = ft.partial(
             outer_while_loop,
@@ -173,6 +174,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             solver=solver,
             stepsize_controller=stepsize_controller,
             saveat=saveat,
+            event=event,
             t1=t1,
             bare_loop=bare_loop,
             checkpoints=self.checkpoints,
@@ -187,6 +189,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             solver=solver,
             stepsize_controller=stepsize_controller,
             saveat=saveat,
+            event=event,
             t1=t1,
             init_state=init_state,
             progress_meter=progress_meter,

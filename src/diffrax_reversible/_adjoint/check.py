@@ -18,6 +18,35 @@ def all_finite(tree: PyTree) -> Array:
     return ft.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
+_LOSES_TIME = (
+    "`adjoint=ReversibleAdjoint()` cannot differentiate output at steps, as of "
+    "`SaveAt(steps=...)` or at an event without a root finder, with respect to `t0`, "
+    "`t1` or the times in a step size controller, if that is adaptive: it does not say "
+    "where the steps would be. Use `SaveAt(ts=...)`, or "
+    "`Event(root_finder=...)` with a real-valued condition; "
+    "`jax.lax.stop_gradient` on these times if their gradient is not needed; or else "
+    "`adjoint=diffrax.RecursiveCheckpointAdjoint()`, which takes for constants the "
+    "factors by which the controller changes step sizes."
+)
+
+
+def check_tangent(
+    tangent: list[Array], loses_time: Array | None, throw: bool
+) -> list[Array]:
+    """As `check`, in forward mode."""
+    if loses_time is None:
+        return tangent
+    if throw:
+        return eqx.error_if(tangent, loses_time, _LOSES_TIME)
+    return [jnp.where(loses_time, jnp.nan, t) for t in tangent]
+
+
+def is_nonzero(tree: PyTree) -> Array:
+    """(NaN is another matter.)"""
+    leaves = [jnp.any(jnp.abs(x) > 0) for x in jtu.tree_leaves(tree)]
+    return ft.reduce(jnp.logical_or, leaves, jnp.array(False))
+
+
 def check(
     grads: PyTree,
     grad_consts: dict[int, Any],
@@ -25,6 +54,7 @@ def check(
     is_consistent: Array,
     event_is_lost: Array | None,
     is_lost: Array,
+    loses_time: Array | None,
     throw: bool,
     batch: Batch,
 ) -> tuple[PyTree, dict[int, Any]]:
@@ -41,18 +71,21 @@ def check(
         "`adjoint=ReversibleAdjoint()` could not make the states of this solve again: "
         "rounding errors grow too much from one that is stored to the next. Use a "
         "larger `ReversibleAdjoint(checkpoints=...)`.",
+        _LOSES_TIME,
         "The gradient is not finite, though the solution that it was pulled back from "
         "is. Look for functions in the vector field whose derivative is not finite, "
         "such as `jnp.sqrt` at zero. Use `diffeqsolve(throw=False)` for a NaN in place "
         "of this error.",
     ]
-    no_event = jnp.array(False) if event_is_lost is None else event_is_lost
+    no_event, no_time = (
+        jnp.array(False) if x is None else x for x in (event_is_lost, loses_time)
+    )
     # If it is not finite then that is not for what it was pulled back from.
     is_finite = all_finite((grads, grad_consts))
     overflow = ~is_finite & all_finite(grad_final_state)
-    wrong = jnp.stack([~is_consistent, no_event, is_lost, overflow])
+    wrong = jnp.stack([~is_consistent, no_event, is_lost, no_time, overflow])
     # (What is not finite is left as it is: others may be right.)
-    is_known = ~jnp.any(wrong[:3])
+    is_known = ~jnp.any(wrong[:-1])
     if throw:
         # (Of one number, as what is handed through takes memory; and the same for all
         # of a batch, as their sum must stay.)
