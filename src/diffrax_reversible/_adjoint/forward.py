@@ -49,11 +49,12 @@ class Ends(NamedTuple):
     saved: list[Saved]
     # `(None, None)` if there are no events.
     event_times: tuple[Any, Any]
-    # Whether the solve has ended at a root, within the last step.
-    is_root: Array
+    # Whether the solve has ended at a root, within the last step. `False` if it is known
+    # that it has not.
+    is_root: Any
 
     @classmethod
-    def of(cls, final_state, record, is_root: Array) -> "Ends":
+    def of(cls, final_state, record, is_root: Any) -> "Ends":
         return cls(
             final_state.y,
             final_state.solver_state,

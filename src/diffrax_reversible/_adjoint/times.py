@@ -69,13 +69,11 @@ class AtSteps(NamedTuple):
     def is_any(self) -> bool:
         return any(self.every) or any(self.at_event)
 
-    def is_root(self, event_mask: PyTree) -> Array:
-        """Whether a solve ended at a root."""
-        masks = jtu.tree_leaves(event_mask)
-        pairs = zip(masks, self.at_event, strict=True)
-        return ft.reduce(
-            jnp.logical_or, [mask for mask, here in pairs if not here], jnp.array(False)
-        )
+    def is_root(self, event_mask: PyTree) -> Any:
+        """Whether a solve ended at a root. `False` if that cannot be."""
+        pairs = zip(jtu.tree_leaves(event_mask), self.at_event, strict=True)
+        masks = [mask for mask, here in pairs if not here]
+        return ft.reduce(jnp.logical_or, masks) if len(masks) > 0 else False
 
 
 class Constant(NamedTuple):
@@ -216,7 +214,8 @@ def is_chosen(times: Times, t: Array, n: Array) -> Array:
 
 def ends_where_chosen(times: Times, ends: Any) -> Array:
     """Whether a solve has ended at such a step, and not at a root."""
-    return ~ends.is_root & is_chosen(times, ends.tprev, ends.num_steps)
+    is_root = jnp.asarray(ends.is_root)
+    return ~is_root & is_chosen(times, ends.tprev, ends.num_steps)
 
 
 def add(grads: Times, times: Times, t: Array, grad: Array, n: Array) -> Times:
