@@ -19,26 +19,26 @@ def all_finite(tree: PyTree) -> Array:
 
 
 _LOSES_TIME = (
-    "`adjoint=ReversibleAdjoint()` cannot differentiate output at steps, as of "
-    "`SaveAt(steps=...)` or at an event without a root finder, with respect to `t0`, "
-    "`t1` or the times in a step size controller, if that is adaptive: it does not say "
-    "where the steps would be. Use `SaveAt(ts=...)`, or "
-    "`Event(root_finder=...)` with a real-valued condition; "
+    "`adjoint=ReversibleAdjoint()` cannot differentiate output at steps (of "
+    "`SaveAt(steps=...)`, or at an event without a root finder) with respect to `t0`, "
+    "`t1` or times in a step size controller, if that is adaptive: it is not known how "
+    "the steps that it chose depend on these. Use `SaveAt(ts=...)`, or for an event "
+    "with a real-valued condition `Event(root_finder=...)`; use "
     "`jax.lax.stop_gradient` on these times if their gradient is not needed; or else "
-    "`adjoint=diffrax.RecursiveCheckpointAdjoint()`, which takes for constants the "
-    "factors by which the controller changes step sizes."
+    "use `diffrax.ConstantStepSize`, or `adjoint=diffrax.RecursiveCheckpointAdjoint()` "
+    "(which takes the ratios of step sizes for constants)."
 )
 
 
-def check_tangent(
-    tangent: list[Array], loses_time: Array | None, throw: bool
+def check_time(
+    derivative: list[Array], loses_time: Array | None, throw: bool
 ) -> list[Array]:
-    """As `check`, in forward mode."""
+    """As `check`, of what needs the derivative of a time that is not known."""
     if loses_time is None:
-        return tangent
+        return derivative
     if throw:
-        return eqx.error_if(tangent, loses_time, _LOSES_TIME)
-    return [jnp.where(loses_time, jnp.nan, t) for t in tangent]
+        return eqx.error_if(derivative, loses_time, _LOSES_TIME)
+    return [jnp.where(loses_time, jnp.nan, x) for x in derivative]
 
 
 def is_nonzero(tree: PyTree) -> Array:
@@ -54,9 +54,9 @@ def check(
     is_consistent: Array,
     event_is_lost: Array | None,
     is_lost: Array,
-    loses_time: Array | None,
     throw: bool,
     batch: Batch,
+    loses_time: Array | None = None,
 ) -> tuple[PyTree, dict[int, Any]]:
     """Raises an error, or without `throw` makes that gradient (of this element of a
     batch, and of constants what is summed over it) NaN."""
@@ -71,25 +71,26 @@ def check(
         "`adjoint=ReversibleAdjoint()` could not make the states of this solve again: "
         "rounding errors grow too much from one that is stored to the next. Use a "
         "larger `ReversibleAdjoint(checkpoints=...)`.",
-        _LOSES_TIME,
         "The gradient is not finite, though the solution that it was pulled back from "
         "is. Look for functions in the vector field whose derivative is not finite, "
         "such as `jnp.sqrt` at zero. Use `diffeqsolve(throw=False)` for a NaN in place "
         "of this error.",
     ]
-    no_event, no_time = (
-        jnp.array(False) if x is None else x for x in (event_is_lost, loses_time)
-    )
+    no_event = jnp.array(False) if event_is_lost is None else event_is_lost
     # If it is not finite then that is not for what it was pulled back from.
     is_finite = all_finite((grads, grad_consts))
     overflow = ~is_finite & all_finite(grad_final_state)
-    wrong = jnp.stack([~is_consistent, no_event, is_lost, no_time, overflow])
+    wrong = jnp.stack([~is_consistent, no_event, is_lost, overflow])
     # (What is not finite is left as it is: others may be right.)
-    is_known = ~jnp.any(wrong[:-1])
+    is_known = ~jnp.any(wrong[:3])
+    # (Of one number, as what is handed through takes memory; and the same for all of a
+    # batch, as their sum must stay.)
+    if loses_time is not None and throw:
+        loses_time = eqxi.unvmap_any(loses_time)
+    [one] = check_time([jnp.array(1.0)], loses_time, throw)
+    is_known = is_known & (one == 1)
     if throw:
-        # (Of one number, as what is handed through takes memory; and the same for all
-        # of a batch, as their sum must stay.)
-        which, one = eqxi.unvmap_max(jnp.argmax(wrong)), jnp.array(1.0)
+        which = eqxi.unvmap_max(jnp.argmax(wrong))
         one = eqxi.branched_error_if(one, jnp.any(wrong), which, messages)
         is_known = one == 1  # or NaN, if Equinox is told not to raise errors
 

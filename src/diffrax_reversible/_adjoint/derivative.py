@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .check import check_tangent
+from .check import check_time
 from .forward import Ends, Record
 from .gradient import walk_back
 from .linear import AbstractLinear, apply
@@ -120,7 +120,7 @@ class _Tangent(_OfSolve):
         primals = [others[i] for i in self.wanted]
         _, out = jax.jvp(fn, primals, list(linear))
         loses_time = self.problem.loses_time(self.wanted, linear, others)
-        return check_tangent(out, loses_time, self.problem.derivative.throw)
+        return check_time(out, loses_time, self.problem.derivative.throw)
 
     def transpose(self, given, wanted):
         given, wanted = _subset(self.given, given), _subset(self.wanted, wanted)
@@ -269,7 +269,7 @@ class _SecondTangent(_Second):
         _, out = jax.jvp(first, primals, tangents)
         both = (*self.wanted, *self.varied), (*direction, *linear)
         loses_time = self.problem.loses_time(*both, arrays)
-        return check_tangent(out, loses_time, self.problem.derivative.throw)
+        return check_time(out, loses_time, self.problem.derivative.throw)
 
     def transpose(self, given, wanted):
         return _HessianOfGradient(

@@ -49,8 +49,7 @@ class Ends(NamedTuple):
     saved: list[Saved]
     # `(None, None)` if there are no events.
     event_times: tuple[Any, Any]
-    # Whether the solve has ended at a root, within the last step. `False` if it is known
-    # that it has not.
+    # Whether the solve has ended at a root, within the last step. `False` if it cannot.
     is_root: Any
 
     @classmethod

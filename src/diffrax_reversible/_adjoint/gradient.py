@@ -90,9 +90,9 @@ def walk_back(
         record.is_consistent,
         undo.event_is_lost(),
         progress.is_lost,
-        carry.loses_time,
         derivative.throw,
         fns.batch,
+        carry.loses_time,
     )
     found = _of_inputs(
         init_state,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -161,10 +162,15 @@ def outer_while_loop(
     num_checkpoints.append(record.num_wanted)
     # The locations of the steps are constants, and what else depends on them alone; and
     # the host makes nothing of the last values of event functions but comparisons.
+    controller_state = stop_gradient(final_state.controller_state)
+    if type(stepsize_controller) is diffrax.ConstantStepSize:
+        # But this holds the times that it was given, for a solve that goes on with it.
+        given = eqx.filter(init_state.controller_state, eqx.is_inexact_array)
+        controller_state = eqx.combine(given, controller_state)
     return replace(
         final_state,
         tnext=stop_gradient(final_state.tnext),
-        controller_state=stop_gradient(final_state.controller_state),
+        controller_state=controller_state,
         progress_meter_state=stop_gradient(final_state.progress_meter_state),
         event_values=stop_gradient(final_state.event_values),
         solver_state=pullback.stop_recorded(final_state.y, final_state.solver_state),

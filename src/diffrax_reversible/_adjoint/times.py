@@ -207,7 +207,7 @@ def _weights(times: Times, t: Array, n: Array) -> Times:
 
 
 def is_chosen(times: Times, t: Array, n: Array) -> Array:
-    """Whether the end `t` of the `n`th step is one that an adaptive controller chose."""
+    """Whether nothing that is differentiated tells the end `t` of the `n`th step."""
     weights = jtu.tree_leaves(_weights(times, t, n))
     return ~ft.reduce(jnp.logical_or, [jnp.any(w != 0) for w in weights])
 
