@@ -92,15 +92,16 @@ class Constant(NamedTuple):
 
     def weights(self, n: Array) -> "Constant":
         """The derivative of the end of the `n`th step with respect to each."""
-        dtype, adds, is_first = self.first.dtype, self.total < 0, n == 1
-        total = jnp.maximum(self.total, 1).astype(dtype)
-        fraction = (self.number + n - 1).astype(dtype) / total
+        dtype, adds = self.first.dtype, self.total < 0
+        number, total, n = (x.astype(dtype) for x in (self.number, self.total, n))
+        fraction = (number + n - 1) / jnp.maximum(total, 1)
+        is_first, one = n == 1, jnp.ones((), dtype)
         weights = (
-            jnp.where(adds | is_first, 1, 0),
+            jnp.where(adds | is_first, one, 0),
             jnp.where(adds | is_first, 0, 1 - fraction),
             jnp.where(adds, n - 1, jnp.where(is_first, 0, fraction)),
         )
-        weights = (jnp.where(self.moves, w, 0).astype(dtype) for w in weights)
+        weights = (jnp.where(self.moves, w, 0) for w in weights)
         return Constant(*weights, None, None, None)
 
 
@@ -194,8 +195,8 @@ def _weights(times: Times, t: Array, n: Array) -> Times:
     is_inside = ~(is_start | is_end)
     told = [is_inside & _at(ts, t) for ts in (*times.controller, *times.clipped)]
     # One that was given twice has half of it each time, as from `jnp.minimum`.
-    count = jnp.maximum(sum(jnp.sum(match) for match in told), 1)
-    told = tuple(match / count.astype(t.dtype) for match in told)
+    count = jnp.maximum(sum(jnp.sum(match) for match in told), 1).astype(t.dtype)
+    told = tuple(jnp.where(match, 1 / count, 0) for match in told)
     k = len(times.controller)
     constant = None
     if times.constant is not None:
