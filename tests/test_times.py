@@ -447,7 +447,7 @@ def test_second_derivative_at_steps():
 
 def test_batch_at_steps():
     # Each with its own steps, of which there are one and more; some come to the end.
-    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 1.55)
+    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 1.5)
 
     def loss(adjoint, params):
         y0, times = params
@@ -557,7 +557,7 @@ def test_chosen_steps_do_not_matter():
 
 def test_chosen_steps_without_throw():
     # For the element of the batch that an event has ended.
-    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 1.55)
+    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 1.4)
 
     def loss(y0, times):
         return _of_chosen((y0, times), event=event, throw=False)
