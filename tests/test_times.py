@@ -446,8 +446,8 @@ def test_second_derivative_at_steps():
 
 
 def test_batch_at_steps():
-    # Each with its own steps, of which there are one and more; some come to the end.
-    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 1.5)
+    # Each with its own steps, until an event ends it.
+    event = diffrax.Event(lambda t, y, args, **kwargs: y[1] < 0.2)
 
     def loss(adjoint, params):
         y0, times = params
@@ -557,7 +557,7 @@ def test_chosen_steps_do_not_matter():
 
 def test_chosen_steps_without_throw():
     # For the element of the batch that an event has ended.
-    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 1.4)
+    event = diffrax.Event(lambda t, y, args, **kwargs: (y[1] < 0.5) & (y[0] > 0))
 
     def loss(y0, times):
         return _of_chosen((y0, times), event=event, throw=False)
