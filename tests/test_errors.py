@@ -621,6 +621,7 @@ PROVOKED = {
     "has no third derivatives": "test_third_derivatives",
     "cannot differentiate in forward mode with respect": "test_forward_mode_of_step_ts",
     # When its gradient has been computed. (By solves: elsewhere.)
+    "cannot differentiate output at steps": "test_times.py::test_chosen_steps",
     "could not make the states of this": lambda: jax.block_until_ready(
         _check(is_lost=jnp.array(True))
     ),

@@ -258,10 +258,10 @@ GRID = [
     ("constant", 0.23, HEUN, "dense"),
     ("pid", None, RK, "dense"),
     ("pid", 0.1, HEUN, "ts"),
-    ("pid", 0.1, RK, "steps"),
-    ("pid", None, dfxr.UReversible(diffrax.Bosh3(), 0.999), "subs"),
+    ("pid", 0.1, RK, "ts"),
+    ("pid", None, dfxr.UReversible(diffrax.Bosh3(), 0.999), "ts"),
     ("constant", 0.23, dfxr.LeapfrogMidpoint(), "ts"),
-    ("constant", 0.23, diffrax.LeapfrogMidpoint(), "steps"),
+    ("constant", 0.23, diffrax.LeapfrogMidpoint(), "dense"),
 ]
 
 
@@ -271,14 +271,7 @@ def _solve(adjoint, params, solver, controller, dt0, save_at, max_steps=MAX_STEP
     save_at = {
         "ts": lambda: diffrax.SaveAt(t0=True, t1=True, ts=ts, fn=fn),
         "dense": lambda: diffrax.SaveAt(dense=True, ts=ts),
-        "steps": lambda: diffrax.SaveAt(steps=True, ts=ts, fn=fn),
         "times": lambda: diffrax.SaveAt(steps=True),
-        "subs": lambda: diffrax.SaveAt(
-            subs=(
-                diffrax.SubSaveAt(steps=2, t1=True, fn=fn),
-                {"a": diffrax.SubSaveAt(ts=ts), "b": diffrax.SubSaveAt(t0=True)},
-            )
-        ),
     }[save_at]()
     return diffrax.diffeqsolve(
         diffrax.ODETerm(decay),
@@ -323,6 +316,257 @@ def test_steps_held_fixed(controller, dt0, solver, save_at, sign):
 
     _, grad = agree(loss, params, reference=reference)
     assert all(jnp.all(x != 0) for x in jtu.tree_leaves(grad))
+
+
+#
+# Where there is output at steps: these move as they do in the host
+#
+
+
+def with_time(t, y, args):
+    return jnp.sum(args @ y) * jnp.cos(t), t
+
+
+SUBS = (
+    diffrax.SubSaveAt(steps=2, t1=True, fn=with_time),
+    {"a": diffrax.SubSaveAt(ts=[0.5, 0.7]), "b": diffrax.SubSaveAt(t0=True)},
+)
+STEPS = diffrax.SaveAt(steps=True)
+
+
+def is_late(t, y, args, **kwargs):
+    return jnp.abs(t) > 0.8
+
+
+def falls(t, y, args, **kwargs):
+    return y[1] - 0.65
+
+
+ENDS = diffrax.Event(is_late)
+# At a step, or within one.
+BOTH = diffrax.Event([is_late, falls], optx.Newton(1e-10, 1e-10))
+
+AT_STEPS = {
+    "steps": dict(saveat=diffrax.SaveAt(steps=True, ts=[0.5, 0.9], fn=with_time)),
+    "backwards": dict(saveat=STEPS, sign=-1.0),
+    "subs": dict(saveat=diffrax.SaveAt(subs=SUBS)),
+    "dense": dict(saveat=diffrax.SaveAt(steps=3, dense=True), solver=HEUN),
+    "leapfrog": dict(saveat=STEPS, solver=diffrax.LeapfrogMidpoint()),
+    "windows": dict(saveat=diffrax.SaveAt(steps=9), dt0=2e-3, max_steps=1000),
+    "event": dict(event=ENDS),
+    "event-inf": dict(event=ENDS, saveat=STEPS, is_long=True),
+    "event-backwards": dict(event=ENDS, sign=-1.0),
+    "event-root": dict(event=BOTH, dt0=0.23),
+    "event-step": dict(event=BOTH, dt0=0.31, saveat=diffrax.SaveAt(steps=2, t1=True)),
+    "event-real": dict(event=diffrax.Event(falls)),
+    "runs-out": dict(throw=False, max_steps=3),
+    "runs-out-inf": dict(throw=False, max_steps=3, is_long=True),
+    "told": dict(saveat=diffrax.SaveAt(subs=SUBS), told=[0.4, 0.8, 1.0]),
+    "told-event": dict(event=ENDS, told=[0.4, 0.85, 1.0]),
+}
+
+
+def _at_steps(
+    adjoint,
+    params,
+    solver=RK,
+    sign=1.0,
+    is_long=False,
+    told=None,
+    dt0=0.23,
+    controller=None,
+    **kwargs,
+):
+    """`params` are the initial value, and the times of a solve."""
+    y0, times = params
+    t0, t1, dt0, *inside = times
+    t1 = sign * jnp.inf if is_long else t1
+    if told is not None:
+        dt0, controller = None, diffrax.StepTo(jnp.stack([t0, *inside, t1]))
+    elif controller is None:
+        controller = diffrax.ConstantStepSize()
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(decay),
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        W,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        **{"max_steps": MAX_STEPS, **kwargs},
+    )
+
+
+def _params(sign=1.0, told=None, dt0=0.23, **kwargs):
+    inside = () if told is None else told
+    return Y0 + 1, sign * jnp.array([0.2, 1.3, dt0, *inside])
+
+
+@pytest.mark.parametrize("name", AT_STEPS)
+@pytest.mark.one_in(4)
+def test_output_at_steps(name):
+    # Each is the derivative of what is computed, to rounding, with steps that are few.
+    case = AT_STEPS[name]
+
+    def loss(adjoint, params):
+        return everything(_at_steps(adjoint, params, **case))
+
+    _, (_, grad) = agree(loss, _params(**case))
+    assert grad[0] != 0
+
+
+def test_finite_differences_at_steps():
+    def value(times):
+        # (A solver whose couplings do not depend on where the steps are.)
+        case = dict(solver=HEUN, saveat=STEPS, event=ENDS)
+        return everything(_at_steps(ADJOINT, (Y0 + 1, times), **case))
+
+    times = _params()[1]
+    value, h = jax.jit(jax.value_and_grad(value)), 1e-5
+    _, grad = value(times)
+    for g, e in zip(grad, h * jnp.eye(3), strict=True):
+        numerical = (value(times + e)[0] - value(times - e)[0]) / (2 * h)
+        # (By rounding, and the third derivative.)
+        assert abs(g - numerical) < 1e-8
+
+
+def test_second_derivative_at_steps():
+    case = dict(saveat=diffrax.SaveAt(steps=2, fn=with_time), event=ENDS)
+
+    def loss(adjoint, times):
+        return everything(_at_steps(adjoint, (Y0 + 1, times), **case))
+
+    times = _params()[1]
+    ours = jax.jit(jax.jacfwd(jax.grad(ft.partial(loss, ADJOINT))))(times)
+    forward = ft.partial(loss, diffrax.ForwardMode())
+    expected = jax.jit(jax.jacfwd(jax.jacfwd(forward)))(times)
+    assert relative_difference(ours, expected) < TOL
+
+
+def test_batch_at_steps():
+    # Each with its own steps, until an event ends it.
+    event = diffrax.Event(lambda t, y, args, **kwargs: y[1] < 0.2)
+
+    def loss(adjoint, params):
+        y0, times = params
+
+        def one(y0, dt0):
+            times_ = times.at[2].set(dt0)
+            saveat = diffrax.SaveAt(steps=2, t1=True)
+            sol = _at_steps(adjoint, (y0, times_), event=event, saveat=saveat)
+            return everything(sol)
+
+        return jnp.sum(jax.vmap(one)(y0, jnp.array([0.8, 1.0, 0.2]) * times[2]))
+
+    y0, times = _params()
+    agree(loss, (jnp.stack([y0, 0.4 * y0, 1.1 * y0]), times))
+
+
+def test_resumed_at_steps():
+    # The second solve goes on with the step size of the first.
+    def loss(adjoint, params):
+        y0, times = params
+        subs = [diffrax.SubSaveAt(steps=1), diffrax.SubSaveAt(t1=True)]
+        saveat = diffrax.SaveAt(subs=subs, controller_state=True)
+        first = _at_steps(adjoint, params, saveat=saveat)
+        (_, [t]), (_, [y]) = first.ts, first.ys
+        times = times.at[:2].set(jnp.stack([t, 2 * times[1]]))
+        second = _at_steps(
+            adjoint,
+            (y, times),
+            saveat=STEPS,
+            controller_state=first.controller_state,
+        )
+        return weighted_sum(second.ys) + weighted_sum(second.ts)
+
+    agree(loss, _params())
+
+
+CHOSEN = {
+    "steps": dict(saveat=STEPS),
+    "event": dict(event=ENDS),
+    "event-step": dict(event=diffrax.Event(is_late, BOTH.root_finder)),
+}
+
+
+def _of_chosen(params, which=everything, **case):
+    pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    y0, times = params
+    # Its first step is a constant.
+    times = times.at[2].set(0.1)
+    return which(_at_steps(ADJOINT, (y0, times), controller=pid, **case))
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen_steps(name):
+    # Where an adaptive controller would make them otherwise is not known.
+    loss = ft.partial(_of_chosen, **CHOSEN[name])
+    params = _params()
+    message = "cannot differentiate output at steps"
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(jax.jit(jax.grad(loss))(params))
+    y0, times = params
+    # Nothing of this is needed for anything else.
+    grad = jax.jit(jax.grad(lambda y0: loss((y0, times))))(y0)
+    assert jnp.all(jnp.isfinite(grad)) and jnp.all(grad != 0)
+
+
+@pytest.mark.parametrize("mode", ["forward", "second"])
+def test_chosen_steps_in_forward_mode(mode):
+    times = _params()[1]
+    loss = lambda y0, times: _of_chosen((y0, times), saveat=STEPS)
+    if mode == "forward":
+        derivative = lambda y0, times, t: jax.jvp(loss, (y0, times), (y0, t))
+    else:
+        derivative = lambda y0, times, t: jax.jvp(
+            lambda times: jax.grad(loss)(y0, times), (times,), (t,)
+        )
+    derivative = eqx.filter_jit(derivative)
+    if mode == "forward":
+        out = derivative(Y0 + 1, times, jnp.zeros(3))
+        assert all(jnp.all(jnp.isfinite(x)) for x in out)
+    with pytest.raises(RuntimeError, match="cannot differentiate output at steps"):
+        jax.block_until_ready(derivative(Y0 + 1, times, jnp.ones(3)))
+
+
+def _at_end(sol):
+    return jnp.sum(sol.ys[-1])
+
+
+def _at_last_step(sol):
+    return jnp.sum(sol.ys[sol.stats["num_accepted_steps"] - 1])
+
+
+def test_chosen_steps_do_not_matter():
+    # The loss is of the end alone; or the event does not happen; or it does at a root.
+    never = diffrax.Event(lambda t, y, args, **kwargs: t > 9)
+    root = diffrax.Event([never.cond_fn, falls], BOTH.root_finder)
+
+    def gradient(which=_at_end, **case):
+        loss = ft.partial(_of_chosen, which=which, **case)
+        return jax.jit(jax.grad(loss))(_params())
+
+    end = gradient()
+    assert relative_difference(gradient(_at_last_step, saveat=STEPS), end) < TOL
+    assert relative_difference(gradient(event=never), end) < TOL
+    _, grad = gradient(event=root)
+    assert grad[0] != 0 and grad[1] == 0
+
+
+def test_chosen_steps_without_throw():
+    # For the element of the batch that an event has ended.
+    event = diffrax.Event(lambda t, y, args, **kwargs: (y[1] < 0.5) & (y[0] > 0))
+
+    def loss(y0, times):
+        return _of_chosen((y0, times), event=event, throw=False)
+
+    y0, times = _params()
+    gradient = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (0, None)))
+    for grad in gradient(jnp.stack([y0, -y0]), times):
+        is_known = jnp.all(jnp.isfinite(grad), axis=1)
+        assert jnp.array_equal(is_known, jnp.array([False, True]))
 
 
 #

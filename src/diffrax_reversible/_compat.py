@@ -187,6 +187,17 @@ def save_every(sub: Any) -> int:
     return int(bool(sub.steps) if _STEPS_IS_BOOLEAN else sub.steps)
 
 
+def constant_steps(controller_state: Any) -> tuple[Any, Any, Any, Any]:
+    """What the state of `ConstantStepSize` says of the steps: the number of the first,
+    how many there are in all, and what they are spread over. If the second is negative
+    then the last is the size of a step."""
+    if isinstance(controller_state, tuple):
+        number, total, start, end_or_size = controller_state
+        return number, total, start, end_or_size
+    # (diffrax 0.7.0)
+    return 1, -1, controller_state, controller_state
+
+
 def without_saving(state: Any) -> Any:
     """A state of the integration loop, for one that saves nothing, has no events, and
     reports no progress."""

@@ -60,13 +60,23 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     [`diffrax.ClipStepSizeController`][]. Step times are treated as constants, except
     `t0`, `t1` and times passed to the step size controller; the two steps next to one
     of `ClipStepSizeController(step_ts=...)` move along with it. So the gradient with
-    respect to `dt0` and to tolerances is zero. (The solution depends on step times only
-    through its error. So the gradient with respect to a time is that of the true
-    solution up to the order of the solver, also if the vector field jumps at one of
-    `step_ts` or `jump_ts`; but finite differences of a coarse solve differ from it.) If
-    the controller is not told of the time of a jump then the gradient with respect to
-    that time is zero, as with any adjoint of diffrax: give it to
+    respect to `dt0` and to tolerances is zero. (Output at given times depends on step
+    times only through its error. So its gradient with respect to a time is that of the
+    true solution up to the order of the solver, also if the vector field jumps at one
+    of `step_ts` or `jump_ts`; but finite differences of a coarse solve differ from it.)
+    If the controller is not told of the time of a jump then the gradient with respect
+    to that time is zero, as with any adjoint of diffrax: give it to
     `ClipStepSizeController(jump_ts=...)`.
+
+    **Output at steps:** What `SaveAt(steps=...)` saves depends on where steps end, its
+    times above all. So does what is output at the end of a solve that ends at a step:
+    at an event that has no root finder, or whose condition is a boolean; or at
+    `max_steps`, with `throw=False`. In a solve with such output and
+    [`diffrax.ConstantStepSize`][] the steps move with `t0`, `t1` and `dt0`, as they
+    really do. If an adaptive step size controller chose the steps, then a gradient of
+    such output with respect to `t0`, `t1`, or the times in the controller raises an
+    error, except of what is output at one of these times. (With respect to `y0`,
+    parameters and tolerances, the steps that it chose are constants, as in diffrax.)
 
     !!! warning
 
@@ -93,7 +103,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         `ClipStepSizeController(step_ts=...)`; and when differentiating with respect to
         something in a step size controller that is not one of diffrax's own.
     - `RuntimeError`, raised by the gradient alone and under `jax.jit` too, if the
-        gradient is not finite though the solution that it is pulled back from is; if a
+        gradient is not finite though the solution that it is pulled back from is; if it
+        is one of output at steps that is not known, see above; if a
         step size controller starts a step elsewhere than at the end of the step before;
         if the states of a solve cannot be recomputed, see above; and if a solve with an
         event stops at `max_steps` with a rejected step. With
@@ -140,6 +151,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         solver: diffrax.AbstractSolver[Any],
         stepsize_controller: diffrax.AbstractStepSizeController[Any, Any],
         saveat: diffrax.SaveAt,
+        event: diffrax.Event | None,
         t1: RealScalarLike,
         init_state: Any,
         throw: bool,
@@ -167,7 +179,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             stepsize_controller=stepsize_controller,
             t1=t1,
             init_state=init_state,
-            **{k: v for k, v in kwargs.items() if k != "event"},
+            **kwargs,
         )
         outer = ft.partial(
             outer_while_loop,
@@ -176,6 +188,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             solver=solver,
             stepsize_controller=stepsize_controller,
             saveat=saveat,
+            event=event,
             t1=t1,
             bare_loop=bare_loop,
             checkpoints=self.checkpoints,
@@ -190,6 +203,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             solver=solver,
             stepsize_controller=stepsize_controller,
             saveat=saveat,
+            event=event,
             t1=t1,
             init_state=init_state,
             progress_meter=progress_meter,

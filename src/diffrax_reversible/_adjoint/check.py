@@ -18,6 +18,35 @@ def all_finite(tree: PyTree) -> Array:
     return ft.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
+_LOSES_TIME = (
+    "`adjoint=ReversibleAdjoint()` cannot differentiate output at steps (of "
+    "`SaveAt(steps=...)`, or at an event without a root finder) with respect to `t0`, "
+    "`t1` or times in a step size controller, if that is adaptive: it is not known how "
+    "the steps that it chose depend on these. Use `SaveAt(ts=...)`, or for an event "
+    "with a real-valued condition `Event(root_finder=...)`; use "
+    "`jax.lax.stop_gradient` on these times if their gradient is not needed; or else "
+    "use `diffrax.ConstantStepSize`, or `adjoint=diffrax.RecursiveCheckpointAdjoint()` "
+    "(which takes the ratios of step sizes for constants)."
+)
+
+
+def check_time(
+    derivative: list[Array], loses_time: Array | None, throw: bool
+) -> list[Array]:
+    """As `check`, of what needs the derivative of a time that is not known."""
+    if loses_time is None:
+        return derivative
+    if throw:
+        return eqx.error_if(derivative, loses_time, _LOSES_TIME)
+    return [jnp.where(loses_time, jnp.nan, x) for x in derivative]
+
+
+def is_nonzero(tree: PyTree) -> Array:
+    """(NaN is another matter.)"""
+    leaves = [jnp.any(jnp.abs(x) > 0) for x in jtu.tree_leaves(tree)]
+    return ft.reduce(jnp.logical_or, leaves, jnp.array(False))
+
+
 def check(
     grads: PyTree,
     grad_consts: dict[int, Any],
@@ -27,6 +56,7 @@ def check(
     is_lost: Array,
     throw: bool,
     batch: Batch,
+    loses_time: Array | None = None,
 ) -> tuple[PyTree, dict[int, Any]]:
     """Raises an error, or without `throw` makes that gradient (of this element of a
     batch, and of constants what is summed over it) NaN."""
@@ -53,10 +83,14 @@ def check(
     wrong = jnp.stack([~is_consistent, no_event, is_lost, overflow])
     # (What is not finite is left as it is: others may be right.)
     is_known = ~jnp.any(wrong[:3])
+    # (Of one number, as what is handed through takes memory; and the same for all of a
+    # batch, as their sum must stay.)
+    if loses_time is not None and throw:
+        loses_time = eqxi.unvmap_any(loses_time)
+    [one] = check_time([jnp.array(1.0)], loses_time, throw)
+    is_known = is_known & (one == 1)
     if throw:
-        # (Of one number, as what is handed through takes memory; and the same for all
-        # of a batch, as their sum must stay.)
-        which, one = eqxi.unvmap_max(jnp.argmax(wrong)), jnp.array(1.0)
+        which = eqxi.unvmap_max(jnp.argmax(wrong))
         one = eqxi.branched_error_if(one, jnp.any(wrong), which, messages)
         is_known = one == 1  # or NaN, if Equinox is told not to raise errors
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .check import check_time
 from .forward import Ends, Record
 from .gradient import walk_back
 from .linear import AbstractLinear, apply
@@ -48,7 +49,8 @@ def differentiate(
     given = outputs(inputs.init_state)
     # Empty, but batched as these are.
     shadows = {i: jnp.ravel(state_leaves[i])[:0] for i in given}
-    parts = Parts(inputs, Ends.of(final_state, record), record, shadows)
+    is_root = derivative.at_steps.is_root(final_state.event_mask)
+    parts = Parts(inputs, Ends.of(final_state, record, is_root), record, shadows)
     arrays, static = eqx.partition(parts, eqx.is_array)
     arrays, treedef = jtu.tree_flatten(arrays)
     problem = Problem(derivative, static, treedef, len(arrays))
@@ -117,7 +119,8 @@ class _Tangent(_OfSolve):
 
         primals = [others[i] for i in self.wanted]
         _, out = jax.jvp(fn, primals, list(linear))
-        return out
+        loses_time = self.problem.loses_time(self.wanted, linear, others)
+        return check_time(out, loses_time, self.problem.derivative.throw)
 
     def transpose(self, given, wanted):
         given, wanted = _subset(self.given, given), _subset(self.wanted, wanted)
@@ -206,6 +209,7 @@ class _Hessian(_Second):
                 gradient,
                 put(arrays, self.varied, values),
                 batch,
+                varied=self.varied,
                 rebuilds=False,
             )
 
@@ -263,7 +267,9 @@ class _SecondTangent(_Second):
         zeros = [jnp.zeros_like(x) for x in primals]
         tangents = _put_at(zeros, all_numbers, self.varied, linear)
         _, out = jax.jvp(first, primals, tangents)
-        return out
+        both = (*self.wanted, *self.varied), (*direction, *linear)
+        loses_time = self.problem.loses_time(*both, arrays)
+        return check_time(out, loses_time, self.problem.derivative.throw)
 
     def transpose(self, given, wanted):
         return _HessianOfGradient(

@@ -49,9 +49,11 @@ class Ends(NamedTuple):
     saved: list[Saved]
     # `(None, None)` if there are no events.
     event_times: tuple[Any, Any]
+    # Whether the solve has ended at a root, within the last step. `False` if it cannot.
+    is_root: Any
 
     @classmethod
-    def of(cls, final_state, record) -> "Ends":
+    def of(cls, final_state, record, is_root: Any) -> "Ends":
         return cls(
             final_state.y,
             final_state.solver_state,
@@ -63,6 +65,7 @@ class Ends(NamedTuple):
                 for s in jtu.tree_leaves(final_state.save_state, is_leaf=is_save_state)
             ],
             (final_state.event_tprev, final_state.event_tnext),
+            is_root,
         )
 
 

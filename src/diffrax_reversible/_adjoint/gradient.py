@@ -28,10 +28,11 @@ def walk_back(
     grads: Sequence[Array],
     arrays: Sequence[Array],
     marked: Sequence[Marked],
+    varied: Sequence[int] = (),
     rebuilds: bool = True,
 ) -> list[Array]:
     """The gradients of the `wanted` arrays of the inputs, from those of the `given`
-    ones of the final state."""
+    ones of the final state. It is differentiated with respect to those `varied`."""
     derivative = problem.derivative
     hoisted, forward = derivative.hoisted, derivative.forward
     inputs, ends, record, _ = problem.unflatten(arrays)
@@ -51,6 +52,8 @@ def walk_back(
     times_wanted = jtu.tree_map(
         lambda p: p is True, is_wanted.times, is_leaf=lambda p: p is None
     )
+    of_times = jtu.tree_leaves(numbers.times.of_steps)
+    watches = not all_wanted.union(varied).isdisjoint(of_times)
     batch = _batch(derivative, problem, consts, marked)
     fns = Functions(hoisted, consts, differentiated, times_wanted.any_of_steps, batch)
     pullback = derivative.pullback.choose(fns, is_wanted.init_state.solver_state)
@@ -64,7 +67,8 @@ def walk_back(
         grad_final_state=grad_final_state,
         times=times,
         wanted=times_wanted,
-        steps=derivative.steps,
+        at_steps=derivative.at_steps,
+        watches=watches and not derivative.at_steps.is_known,
     )
     way_back = WayBack(
         fns=fns,
@@ -88,6 +92,7 @@ def walk_back(
         progress.is_lost,
         derivative.throw,
         fns.batch,
+        carry.loses_time,
     )
     found = _of_inputs(
         init_state,

@@ -181,7 +181,10 @@ def _batch(axis_data, arrays, dims, *, fn, levels, num):
         return out, [None] * len(out)
     dims_out = fn.dims_out(dims)
     if dims_out is None:
-        structs = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in arrays]
+        # (A constant may be a Python scalar here.)
+        structs = [
+            jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays
+        ]
         dims_out = (0,) * len(fn.shapes(structs[:num], structs[num:]))
     level = Level(
         axis_data.size, axis_data.name, axis_data.spmd_name, tuple(dims), dims_out

@@ -1,5 +1,6 @@
 """A solve as a function of a list of arrays: what goes in, and what is left of it."""
 
+import functools as ft
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -31,8 +32,7 @@ class Derivative(NamedTuple):
     num_local: int
     forward: Forward
     pullback: AbstractPullback
-    # Of each `SubSaveAt`.
-    steps: tuple[int, ...]
+    at_steps: times_.AtSteps
     checkpoint_every: int | None
     sum_over_batch: bool | Literal["auto"]
     throw: bool
@@ -105,6 +105,21 @@ class Problem(NamedTuple):
                 "with respect to `ClipStepSizeController(step_ts=...)`. Use reverse "
                 "mode, or `jax.lax.stop_gradient` if that derivative is not needed."
             )
+
+    def loses_time(
+        self, numbers: Sequence[int], tangents: Sequence[Array], arrays: Sequence[Any]
+    ) -> Array | None:
+        """Whether a tangent of a time matters where steps end, and it is not known how.
+        `None` if there is no such tangent."""
+        at_steps, parts = self.derivative.at_steps, self.unflatten(arrays)
+        of_times = jtu.tree_leaves(self.numbers.inputs.times.of_steps)
+        moves = [jnp.any(t != 0) for i, t in zip(numbers, tangents) if i in of_times]
+        if at_steps.is_known or len(moves) == 0:
+            return None
+        loses = times_.ends_where_chosen(parts.inputs.times, parts.ends)
+        for k in at_steps.every:
+            loses = loses | ((k > 0) & (parts.ends.num_steps > k))
+        return loses & ft.reduce(jnp.logical_or, moves)
 
     def steps_differ(self, dims: Sequence[int | None]) -> bool:
         """Whether the elements of a batch, over these axes of the arrays, may make

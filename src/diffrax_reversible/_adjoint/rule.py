@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._compat import is_sub_save_at, save_every, without_saving
+from .._compat import is_sub_save_at, without_saving
 from .._jax_compat import eqxi
 from .._method.tree import replace, stop_gradient
 from . import save as save, times as times_, verify as verify
@@ -56,6 +57,7 @@ def outer_while_loop(
     solver,
     stepsize_controller,
     saveat,
+    event,
     t1,
     bare_loop,
     checkpoints,
@@ -82,7 +84,15 @@ def outer_while_loop(
     made_jump = forward.format.made_jump
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     *told, unknown = times_.controller_times(stepsize_controller)
-    times = times_.Times(init_state.tprev, t1, tuple(sub.ts for sub in subs), *told)
+    at_steps = times_.AtSteps.of(
+        stepsize_controller, subs, event, init_state.event_values
+    )
+    may_run_out = None if throw else max_steps
+    constant = times_.constant(
+        stepsize_controller, init_state, t1, at_steps.is_any, may_run_out
+    )
+    saved = tuple(sub.ts for sub in subs)
+    times = times_.Times(init_state.tprev, t1, saved, *told, constant)
 
     def run(init_state, times, records):
         body = _located(times, body_fun)
@@ -141,7 +151,7 @@ def outer_while_loop(
         num_local,
         forward,
         pullback,
-        tuple(map(save_every, subs)),
+        at_steps,
         checkpoint_every,
         sum_over_batch,
         throw,
@@ -152,10 +162,15 @@ def outer_while_loop(
     num_checkpoints.append(record.num_wanted)
     # The locations of the steps are constants, and what else depends on them alone; and
     # the host makes nothing of the last values of event functions but comparisons.
+    controller_state = stop_gradient(final_state.controller_state)
+    if type(stepsize_controller) is diffrax.ConstantStepSize:
+        # But this holds the times that it was given, for a solve that goes on with it.
+        given = eqx.filter(init_state.controller_state, eqx.is_inexact_array)
+        controller_state = eqx.combine(given, controller_state)
     return replace(
         final_state,
         tnext=stop_gradient(final_state.tnext),
-        controller_state=stop_gradient(final_state.controller_state),
+        controller_state=controller_state,
         progress_meter_state=stop_gradient(final_state.progress_meter_state),
         event_values=stop_gradient(final_state.event_values),
         solver_state=pullback.stop_recorded(final_state.y, final_state.solver_state),
@@ -166,9 +181,9 @@ def _located(times: times_.Times, body_fun: Callable) -> Callable:
     """The body of the loop, as a function of where steps start and end."""
 
     def located(state):
-        is_start = state.num_accepted_steps == 0
-        tprev = times_.locate(times, state.tprev, is_start)
-        tnext = times_.locate(times, state.tnext, jnp.array(False))
+        n = state.num_accepted_steps
+        tprev = times_.locate(times, state.tprev, n)
+        tnext = times_.locate(times, state.tnext, n + 1)
         return body_fun(replace(state, tprev=tprev, tnext=tnext))
 
     return located
@@ -176,13 +191,13 @@ def _located(times: times_.Times, body_fun: Callable) -> Callable:
 
 def _located_at_end(times: times_.Times, state):
     n = state.num_accepted_steps
-    state = replace(state, tprev=times_.locate(times, state.tprev, n == 0))
+    state = replace(state, tprev=times_.locate(times, state.tprev, n))
     if state.event_tprev is None:
         return state
     return replace(
         state,
-        event_tprev=times_.locate(times, state.event_tprev, n <= 1),
-        event_tnext=times_.locate(times, state.event_tnext, n == 0),
+        event_tprev=times_.locate(times, state.event_tprev, jnp.maximum(n - 1, 0)),
+        event_tnext=times_.locate(times, state.event_tnext, n),
     )
 
 

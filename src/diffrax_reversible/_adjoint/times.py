@@ -1,8 +1,20 @@
 """Gradients with respect to the times of a solve.
 
-The locations of the steps are constants, but for the ends of the solve: `t0` is where
-the first step starts and `t1` is where the last one ends. So are those that a step size
-controller was told to step to.
+The locations of the steps are constants, but for the ends of the solve, as `t0` is
+where the first step starts and `t1` is where the last one ends, and for the times that
+a step size controller was told to step to.
+
+**Output at steps.** That is right of what is output at given times, as this depends on
+where the steps are only through its error. It is wrong of what is output where a step
+ends: by `SaveAt(steps=...)`, or as the solve ends there, at an event without a root
+finder or as steps run out. If there is such output then the ends of the steps move as
+they do in the host. Those of `ConstantStepSize` are known functions of the end of the
+first step and of the controller's state, of which the host makes them. (These depend in
+turn on `t0`, `t1` and `dt0`, which is JAX's matter.) Those of `StepTo` were told. What
+an adaptive controller does is not known, so a gradient that needs it is an error. (It
+is not worth one that other output has a little of it: so not all solves with
+`ConstantStepSize` have steps that move. If the vector field jumps then it would matter
+much, and be wrong, that the jump does not move along.)
 
 **Where the vector field jumps.** The step that ends at such a time, `s`, has stages at
 `s` itself, and so has the step that starts there. Whatever value the vector field has
@@ -29,7 +41,68 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._compat import constant_steps, save_every
 from .._jax_compat import eqxi
+
+
+class AtSteps(NamedTuple):
+    """What is output where steps end."""
+
+    # Every how many steps each `SubSaveAt` saves, or zero.
+    every: tuple[int, ...]
+    # For each condition of an event, whether it ends the solve where a step ends, and
+    # not at a root.
+    at_event: tuple[bool, ...]
+    # Whether it is known where that is.
+    is_known: bool
+
+    @classmethod
+    def of(cls, controller, subs: Sequence[Any], event, event_values) -> "AtSteps":
+        at_event = tuple(
+            event.root_finder is None or jnp.result_type(value) == bool
+            for value in jtu.tree_leaves(event_values)
+        )
+        known = (diffrax.ConstantStepSize, diffrax.StepTo)
+        return cls(tuple(map(save_every, subs)), at_event, type(controller) in known)
+
+    @property
+    def is_any(self) -> bool:
+        return any(self.every) or any(self.at_event)
+
+    def is_root(self, event_mask: PyTree) -> Any:
+        """Whether a solve ended at a root. `False` if that cannot be."""
+        pairs = zip(jtu.tree_leaves(event_mask), self.at_event, strict=True)
+        masks = [mask for mask, here in pairs if not here]
+        return ft.reduce(jnp.logical_or, masks) if len(masks) > 0 else False
+
+
+class Constant(NamedTuple):
+    """What the ends of the steps of `ConstantStepSize` are made of."""
+
+    # The end of the first step.
+    first: Any
+    # What steps are spread over. Or, if they are not, anything and their size.
+    start: Any
+    end_or_size: Any
+    # The number of the first step, and of all. Negative if they are not spread.
+    number: Any
+    total: Any
+    # Whether there is output where steps end.
+    moves: Any
+
+    def weights(self, n: Array) -> "Constant":
+        """The derivative of the end of the `n`th step with respect to each."""
+        dtype, adds = self.first.dtype, self.total < 0
+        number, total, n = (x.astype(dtype) for x in (self.number, self.total, n))
+        fraction = (number + n - 1) / jnp.maximum(total, 1)
+        is_first, one = n == 1, jnp.ones((), dtype)
+        weights = (
+            jnp.where(adds | is_first, one, 0),
+            jnp.where(adds | is_first, 0, 1 - fraction),
+            jnp.where(adds, n - 1, jnp.where(is_first, 0, fraction)),
+        )
+        weights = (jnp.where(self.moves, w, 0) for w in weights)
+        return Constant(*weights, None, None, None)
 
 
 class Times(NamedTuple):
@@ -43,10 +116,16 @@ class Times(NamedTuple):
     # Those of `controller_times`.
     controller: tuple[Any, ...]
     clipped: tuple[Any, ...]
+    # `None` unless steps may move.
+    constant: Constant | None
+
+    @property
+    def of_steps(self) -> "Times":
+        return self._replace(saved=())
 
     @property
     def any_of_steps(self) -> bool:
-        return self.start or self.end or any(self.controller) or any(self.clipped)
+        return any(jtu.tree_leaves(self.of_steps))
 
 
 def controller_times(
@@ -84,57 +163,95 @@ def zeros(wanted: Times, times: Times) -> Times:
     )
 
 
-def add(grads: Times, times: Times, t: Array, grad: Array, is_start: Any) -> Times:
-    """Adds the gradient of the end of a step, at `t`, to that of where it comes from.
-
+def constant(
+    controller: Any, init_state: Any, t1: Any, at_steps: bool, max_steps: int | None
+) -> Constant | None:
+    """
     **Arguments:**
 
-    - `grads`, `times`: The gradients so far, and the times.
-    - `t`: The start or the end of a step.
-    - `grad`: Its gradient. Need not be finite if it is not used.
-    - `is_start`: Whether it is the start of the solve.
+    - `at_steps`: Whether there is output where steps end.
+    - `max_steps`: After how many steps there is, if the solve ends there.
     """
-    start, end = grads.start, grads.end
+    if type(controller) is not diffrax.ConstantStepSize:
+        return None
+    if not at_steps and max_steps is None:
+        return None
+    first, state = init_state.tnext, constant_steps(init_state.controller_state)
+    number, total, start, end_or_size = map(jnp.asarray, state)
+    moves = jnp.array(at_steps)
+    if max_steps is not None:
+        last = first + (max_steps - 1) * end_or_size
+        is_short = jnp.where(total < 0, last < t1, number + max_steps - 1 < total)
+        moves = moves | is_short
+    return Constant(first, start, end_or_size, number, total, moves)
+
+
+def _weights(times: Times, t: Array, n: Array) -> Times:
+    """The derivative of `t`, where the `n`th step ends, or if `n` is zero the first one
+    starts, with respect to each. (Those of `times.clipped` are no derivatives, as other
+    steps move along with these.)"""
+    is_start = n == 0
     is_end = (t == times.end) & ~is_start
-    if start is not None:
-        start = start + jnp.where(is_start, grad, 0)
-    if end is not None:
-        end = end + jnp.where(is_end, grad, 0)
-    grads = grads._replace(start=start, end=end)
-    grads_told = (*grads.controller, *grads.clipped)
-    if all(g is None for g in grads_told):
-        return grads
     is_inside = ~(is_start | is_end)
-    told = (*times.controller, *times.clipped)
-    grads_told = _share(grads_told, [is_inside & _at(ts, t) for ts in told], grad)
-    n = len(times.controller)
-    return grads._replace(controller=grads_told[:n], clipped=grads_told[n:])
+    told = [is_inside & _at(ts, t) for ts in (*times.controller, *times.clipped)]
+    # One that was given twice has half of it each time, as from `jnp.minimum`.
+    count = jnp.maximum(sum(jnp.sum(match) for match in told), 1).astype(t.dtype)
+    told = tuple(jnp.where(match, 1 / count, 0) for match in told)
+    k = len(times.controller)
+    constant = None
+    if times.constant is not None:
+        constant = jtu.tree_map(
+            lambda w: jnp.where(is_inside, w, 0), times.constant.weights(n)
+        )
+    start, end = is_start.astype(t.dtype), is_end.astype(t.dtype)
+    return Times(start, end, (), told[:k], told[k:], constant)
 
 
-def locate(times: Times, t: Array, is_start: Any) -> Array:
-    """`t`, where a step starts or ends, whose derivative is that of where it comes
-    from: what `add` is the transpose of. (Of `times.clipped` that is no derivative, as
-    other steps move along with these.)"""
-    return _locate((*times.controller,), times.start, times.end, t, is_start)
+def is_chosen(times: Times, t: Array, n: Array) -> Array:
+    """Whether nothing that is differentiated tells the end `t` of the `n`th step."""
+    weights = jtu.tree_leaves(_weights(times, t, n))
+    return ~ft.reduce(jnp.logical_or, [jnp.any(w != 0) for w in weights])
+
+
+def ends_where_chosen(times: Times, ends: Any) -> Array:
+    """Whether a solve has ended at such a step, and not at a root."""
+    is_root = jnp.asarray(ends.is_root)
+    return ~is_root & is_chosen(times, ends.tprev, ends.num_steps)
+
+
+def add(grads: Times, times: Times, t: Array, grad: Array, n: Array) -> Times:
+    """Adds the gradient of the end of the `n`th step, at `t`, to those of what it is
+    made of. `n` is zero at the start of the solve. `grad` need not be finite if it is
+    not used."""
+
+    def one(g, w):
+        return None if g is None else g + jnp.where(w != 0, w * grad, 0)
+
+    new = jtu.tree_map(one, grads.of_steps, _weights(times, t, n), is_leaf=_is_none)
+    return new._replace(saved=grads.saved)
+
+
+def locate(times: Times, t: Array, n: Array) -> Array:
+    """`t`, where the `n`th step ends, with the derivative of what it is made of: what
+    `add` is the transpose of."""
+    sources = eqx.filter(times.of_steps, eqx.is_inexact_array)
+    return _locate(t, sources, _weights(times, t, n))
 
 
 @jax.custom_jvp
-def _locate(told, start, end, t, is_start):
-    del told, start, end, is_start
+def _locate(t, sources, weights):
+    del sources, weights
     return t
 
 
 @_locate.defjvp
 def _locate_jvp(primals, tangents):
-    told, start, end, t, is_start = primals
-    t_told, t_start, t_end, *_ = tangents
-    is_end = (t == end) & ~is_start
-    matches = [~is_start & ~is_end & _at(ts, t) for ts in told]
-    count = jnp.maximum(sum(jnp.sum(match) for match in matches), 1)
-    out = jnp.where(is_start, t_start, jnp.where(is_end, t_end, 0))
-    for match, t_ts in zip(matches, t_told, strict=True):
-        out = out + jnp.sum(jnp.where(match, t_ts, 0)) / count.astype(out.dtype)
-    return t, out.astype(t.dtype)
+    t, _, weights = primals
+    _, t_sources, _ = tangents
+    out = jtu.tree_map(
+        lambda w, x: jnp.sum(jnp.where(w != 0, w * x, 0)), weights, t_sources
+    )
+    return t, sum(jtu.tree_leaves(out)).astype(t.dtype)
 
 
 class Node(NamedTuple):
@@ -178,6 +295,10 @@ def _share(grads: tuple, matches: Sequence[Array], grad: Array) -> tuple:
         None if g is None else g + jnp.where(match, share, 0)
         for g, match in zip(grads, matches)
     )
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _at(ts: Array, t: Array) -> Array:

@@ -13,6 +13,7 @@ from .._compat import is_save_state
 from .._jax_compat import eqxi
 from .._method.tree import tree_add
 from . import save as save, times as times_
+from .check import is_nonzero
 from .forward import Ends
 from .functions import Functions
 from .hoist import materialise
@@ -41,6 +42,8 @@ class Carry(NamedTuple):
     grad_times: times_.Times
     # That at `t_after`; or `None` if no gradient asks for it.
     node: times_.Node | None
+    # Whether the gradient of a time is lost, see `times`. `None` if that cannot be.
+    loses_time: Array | None
 
 
 class Segment(NamedTuple):
@@ -70,7 +73,8 @@ class Undo:
         grad_final_state,
         times: times_.Times,
         wanted: times_.Times,
-        steps: tuple[int, ...],
+        at_steps: times_.AtSteps,
+        watches: bool,
     ):
         self._fns = fns
         self._pullback = pullback
@@ -79,8 +83,9 @@ class Undo:
         self._grad_final_state = grad_final_state
         self._times = times
         self._wanted = wanted
-        # Of each `SubSaveAt`.
-        self._steps = steps
+        self._steps = at_steps.every
+        # Whether times are differentiated, and an adaptive controller chose the steps.
+        self._watches = watches
 
         self._grad_saves = jtu.tree_leaves(
             grad_final_state.save_state, is_leaf=is_save_state
@@ -112,20 +117,27 @@ class Undo:
         t1 = jnp.where(no_steps, ends.tprev, ends.t_last)
         grad_times = times_.zeros(self._wanted, self._times)
         if self._wanted.any_of_steps:
-            pairs = [(ends.tprev, grad.tprev, no_steps)]
+            n = ends.num_steps
+            nodes = [(ends.tprev, grad.tprev, n)]
             if ends.event_times[0] is not None:
                 event_t0, event_t1 = ends.event_times
-                pairs += [
-                    (event_t0, grad.event_tprev, ends.num_steps <= 1),
-                    (event_t1, grad.event_tnext, no_steps),
+                nodes += [
+                    (event_t0, grad.event_tprev, jnp.maximum(n - 1, 0)),
+                    (event_t1, grad.event_tnext, n),
                 ]
-            for t, grad_t, is_start in pairs:
-                grad_times = self._add_time(grad_times, t, grad_t, is_start)
+            for t, grad_t, n in nodes:
+                grad_times = self._add_time(grad_times, t, grad_t, n)
+        loses_time = None
+        if self._watches:
+            of_end = (grad.y, grad.solver_state, grad.tprev)
+            of_event = (grad.event_tprev, grad.event_tnext, grad.event_dense_info)
+            ends_so = times_.ends_where_chosen(self._times, ends)
+            loses_time = ends_so & is_nonzero((of_end, of_event))
         fns = self._fns
         return Carry(
             num_steps=ends.num_steps,
             t1=t1,
-            t_after=ends.tprev,
+            t_after=times_.locate(self._times, ends.tprev, ends.num_steps),
             y1=y,
             solver_state=solver_state,
             pullback=self._pullback.prime(fns, t1, y, solver_state),
@@ -137,6 +149,7 @@ class Undo:
             grad_consts=fns.zero_consts(save.function_names(fns.hoisted)),
             grad_times=grad_times,
             node=self._last_node(t1),
+            loses_time=loses_time,
         )
 
     def _last_node(self, t1: Array) -> times_.Node | None:
@@ -173,8 +186,8 @@ class Undo:
     def located(self, number: Array, t0: Array, t1: Array) -> tuple[Array, Array]:
         """The start and the end of a step, as functions of where they come from: if the
         way back is differentiated."""
-        t0 = times_.locate(self._times, t0, number == 0)
-        return t0, times_.locate(self._times, t1, jnp.array(False))
+        t0 = times_.locate(self._times, t0, number)
+        return t0, times_.locate(self._times, t1, number + 1)
 
     def step(self, carry: Carry, segment: Segment, active: Array) -> Carry:
         """Undoes the next step. An element of a batch that is not `active` stays where
@@ -209,13 +222,13 @@ class Undo:
         save.accumulate(grad_consts, grads.consts)
         grad_times = before.grad_times
         if self._fns.times_vary:
-            for t, grad, at_start in (
-                (carry.t_after, grad_end, jnp.array(False)),
-                (carry.t1, grad_t1 + grads.t1, jnp.array(False)),
-                (step.t0, grad_t0 + grads.t0, number == 0),
+            for t, grad, n in (
+                (carry.t_after, grad_end, number + 1),
+                (carry.t1, grad_t1 + grads.t1, number + 1),
+                (step.t0, grad_t0 + grads.t0, number),
             ):
                 grad = jnp.where(active, grad, 0)
-                grad_times = self._add_time(grad_times, t, grad, at_start)
+                grad_times = self._add_time(grad_times, t, grad, n)
         keep = ft.partial(_keep, active)
         node = carry.node
         if node is not None:
@@ -243,6 +256,7 @@ class Undo:
             grad_consts=grad_consts,
             grad_times=grad_times,
             node=node,
+            loses_time=before.loses_time,
         )
 
     def _pull_saved(
@@ -282,7 +296,7 @@ class Undo:
         grad_t0 = grad_t1 = grad_end = jnp.zeros_like(carry.t1)
         if fns.times_vary and grad.dense_ts is not None:
             grad_end = grad_end + grad.dense_ts[index + 1]
-        new_saved = []
+        new_saved, loses_time = [], carry.loses_time
         for i, saved in enumerate(carry.saved):
             grad_ys, grad_saved = self._grad_ys[i], self._grad_saves[i]
             if self._steps[i] != 0:
@@ -298,6 +312,12 @@ class Undo:
                     grad_end = grad_end + jnp.where(
                         is_saved, saved.last(grad_saved.ts), 0
                     )
+                if loses_time is not None:
+                    here = is_saved & times_.is_chosen(
+                        self._times, carry.t_after, index + 1
+                    )
+                    grad_here = saved.last((grad_ys, grad_saved.ts))
+                    loses_time = loses_time | (here & is_nonzero(grad_here))
                 saved = saved._replace(index=saved.index - jnp.where(is_saved, 1, 0))
             ts = self._times.saved[i]
             if ts is not None and (grad_ys is not None or self._wanted.saved[i]):
@@ -327,13 +347,14 @@ class Undo:
             grad_y1=grad_y1,
             grad_consts=grad_consts,
             grad_times=grad_times,
+            loses_time=loses_time,
         )
         return carry, grad_end, (grad_t0, grad_t1), grad_dense_info
 
-    def _add_time(self, grad_times: times_.Times, t, grad, is_start) -> times_.Times:
+    def _add_time(self, grad_times: times_.Times, t, grad, n) -> times_.Times:
         if grad is None:
             return grad_times
-        return times_.add(grad_times, self._times, t, grad, is_start)
+        return times_.add(grad_times, self._times, t, grad, n)
 
 
 def _keep(pred, new: PyTree, old: PyTree) -> PyTree:
