@@ -313,10 +313,8 @@ class WayBack:
             every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
 
-    def _is_needed(self, read: _Read, number: Array) -> Any:
+    def _is_needed(self, read: _Read, number: Array) -> Array:
         """Of a step that was read."""
-        if not self._forward.may_need:
-            return False
         return read.block.is_needed[read.last - number]
 
     def _make_again(
