@@ -263,8 +263,7 @@ class Forward:
             start=self.kept(init_state, t_before),
             # (What has been before is not known.)
             held=[
-                jnp.zeros(x.shape, bool)
-                for x, *_ in _elements(self.solver, init_state)
+                jnp.zeros(x.shape, bool) for x, *_ in _elements(self.solver, init_state)
             ],
         )
         state, row, steps, keeping = eqxi.while_loop(

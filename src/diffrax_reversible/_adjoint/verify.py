@@ -62,7 +62,11 @@ class Found(NamedTuple):
     y: tuple[PyTree, PyTree]
     # What should be the same: that, or other registers of its structure.
     comparable: tuple[PyTree, PyTree]
+    # Nothing was saved in between.
     y_later: PyTree
+    # Whether an element that does not change is one that has not changed since: as
+    # otherwise the next step is made from what is stored.
+    at_rest: Array
 
 
 def differs(
@@ -87,7 +91,7 @@ def differs(
     if len(jtu.tree_leaves(_inexact(found.y))) == 0:
         return jnp.zeros_like(pred), noise
     if "vector_field" not in fns.hoisted:
-        out = _states_differ(tol, *found.comparable, None, None, is_finite)
+        out = _states_differ(tol, found, None, is_finite)
         return pred & out, noise
     static = eqx.filter(found.y[1], eqx.is_inexact_array, inverse=True)
     grad_y = jtu.tree_map(lambda g: jnp.where(pred, g, 0), grad_y)
@@ -103,8 +107,7 @@ def differs(
     (_, *rebuilt), (change, *stored) = map(pull, found.y)
     # The size of an element does not vanish where it changes its sign, nor where it is
     # yet to become anything.
-    change, y_later = _inexact(change), _inexact(found.y_later)
-    out = _states_differ(tol, *found.comparable, change, y_later, is_finite)
+    out = _states_differ(tol, found, _inexact(change), is_finite)
     # (The same for a batch, or gradients that it shares would be one for each element.)
     num_steps = eqxi.unvmap_max(num_steps)
     new_noise = _rounding(grad_y, stored[1], _inexact(found.y[1]), num_steps)
@@ -128,13 +131,18 @@ def _rounding(grad_y: PyTree, pulled: PyTree, y: PyTree, num_steps: Array) -> Ar
     for g, h, x in zip(*map(jtu.tree_leaves, (grad_y, pulled, y)), strict=True):
         # (Not of elements that nothing depends on, as one that only adds up.)
         each = jnp.where(h != 0, jnp.abs(g) * jnp.abs(x), 0)
-        total = total + jnp.sum(each).astype(total.dtype)
+        total = total + jnp.sum(_size(each)).astype(total.dtype)
     return num_steps.astype(total.dtype) * total
 
 
 def _over_largest(a: Array, x: Array) -> Array:
     largest = _largest(x).astype(a.dtype) if x.size > 0 else jnp.zeros_like(a)
     return jnp.where(largest > 0, a / jnp.where(largest > 0, largest, 1), 0)
+
+
+def _size(x: Array) -> Array:
+    """Zero for what is not finite: or nothing next to it could be compared."""
+    return jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
 
 
 def _underflow(dtype) -> float:
@@ -149,28 +157,25 @@ def _inexact(tree: PyTree) -> PyTree:
     return eqx.filter(tree, eqx.is_inexact_array)
 
 
-def _states_differ(
-    tol: float,
-    rebuilt: PyTree,
-    stored: PyTree,
-    change: PyTree,
-    later: PyTree,
-    is_finite: Array,
-) -> Array:
-    changes, later = jtu.tree_leaves(change), jtu.tree_leaves(later)
+def _states_differ(tol: float, found: Found, change: PyTree, is_finite: Array) -> Array:
+    changes, later = jtu.tree_leaves(change), jtu.tree_leaves(_inexact(found.y_later))
     out = jnp.array(False)
-    leaves = zip(*map(jtu.tree_leaves, map(_inexact, (rebuilt, stored))), strict=True)
+    leaves = zip(*map(jtu.tree_leaves, map(_inexact, found.comparable)), strict=True)
     for i, (a, b) in enumerate(leaves):
         if b.size == 0:
             continue
         eps = float(jnp.finfo(b.dtype).eps)
+        own, holds = _size(b), jnp.array(False)
         if len(changes) == 0:
-            size = jnp.abs(b) + rms(b).astype(jnp.abs(b).dtype)
+            size = own + rms(own).astype(own.dtype)
         else:
             change_i = changes[i % len(changes)].astype(b.dtype)
-            size = jnp.maximum(jnp.abs(b), jnp.abs(b + change_i))
-            size = jnp.maximum(size, jnp.abs(later[i % len(later)]).astype(size.dtype))
-        bound = tol * size + _FLOOR * eps * jnp.max(size) + _underflow(b.dtype)
+            size = jnp.maximum(own, _size(b + change_i))
+            size = jnp.maximum(size, _size(later[i % len(later)]).astype(size.dtype))
+            # (A kink may be just there, as at zero: then rounding is not nothing.)
+            holds = found.at_rest & (change_i == 0)
+        bound = tol * size + _FLOOR * eps * jnp.max(size)
+        bound = jnp.where(holds, tol * own, bound) + _underflow(b.dtype)
         # (What is not finite in the solution itself cannot be cured.)
         is_lost = ~(jnp.isfinite(b) | is_finite)
         out = out | ~jnp.all((jnp.abs(a - b) <= bound) | is_lost)
@@ -182,8 +187,8 @@ def _gradients_differ(
 ) -> Array:
     n = num_steps.astype(jnp.finfo(b.dtype).dtype)
     eps = float(jnp.finfo(b.dtype).eps)
-    bound = tol * (jnp.abs(total) + n * jnp.abs(b))
-    bound = bound + 1e3 * eps * _largest(total) + n * _underflow(b.dtype)
+    bound = tol * (_size(total) + n * jnp.abs(b))
+    bound = bound + 1e3 * eps * _size(_largest(total)) + n * _underflow(b.dtype)
     bound = bound + floor.astype(bound.dtype)
     return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
 
@@ -202,8 +207,8 @@ def is_lost(made_again: PyTree, y: PyTree) -> Array:
     for a, b in zip(*map(jtu.tree_leaves, map(_inexact, (made_again, y)))):
         if b.size > 0:
             tol = float(jnp.finfo(b.dtype).eps) ** 0.25
-            size = jnp.abs(b)
-            bound = tol * (size + rms(b)) + _underflow(b.dtype)
+            size = _size(b)
+            bound = tol * (size + rms(size)) + _underflow(b.dtype)
             # (What is not finite in the solution itself is nothing new.)
             out = out | jnp.any(~(jnp.abs(a - b) <= bound) & jnp.isfinite(b))
     return out

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
@@ -248,6 +249,10 @@ class WayBack:
         is_end = is_next & ~is_known & self._is_needed(read, carry.num_steps - 1)
         # (Not in a branch, which would copy all that is kept.)
         proceeds = (compares | is_end) & self._rebuilds
+        y_seen = jtu.tree_map(
+            lambda a, b: jnp.where(is_end, a, b), carry.y_seen, carry.y1
+        )
+        carry = carry._replace(y_seen=y_seen)
         slots, end = self._make_again(slots, window, wanted, is_made, proceeds)
         is_lost = compares & self._rebuilds & verify.is_lost(end[0], carry.y1)
         if carry.pullback is not None:
@@ -292,7 +297,12 @@ class WayBack:
             differs, noise = lax.cond(
                 eqxi.unvmap_any(checks),
                 lambda: self._differs(
-                    carry, segment, restored(~is_end, kept, end), progress, checks
+                    carry,
+                    segment,
+                    restored(~is_end, kept, end),
+                    progress,
+                    checks,
+                    window.first,
                 ),
                 lambda: (differs, noise),
             )
@@ -348,18 +358,23 @@ class WayBack:
         state: tuple[PyTree, PyTree],
         progress: Progress,
         checks: Array,
+        first: Array,
     ) -> tuple[Array, Array]:
         solver = self._forward.solver
         # (Of a step next to it, at the end of those that were read.)
         k = jnp.maximum(segment.last - carry.num_steps, 0)
         _, t0, t1, _ = segment.block.times(k)
+        # (Of the first step that was recorded it is not known.)
+        at_rest = (carry.num_steps > first) & (carry.num_steps <= segment.last)
+        at_rest = at_rest & ~segment.block.is_needed[k]
         rebuilt = comparable(solver, carry.y1, carry.solver_state)
         found = verify.Found(
             t0,
             t1,
             (carry.y1, state[0]),
             (rebuilt, comparable(solver, *state)),
-            progress.carry.y1,
+            carry.y_seen,
+            at_rest,
         )
         num_steps = progress.since - carry.num_steps
         return verify.differs(
