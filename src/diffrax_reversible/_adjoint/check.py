@@ -29,8 +29,8 @@ def check(
     throw: bool,
     batch: Batch,
 ) -> tuple[PyTree, dict[int, Any]]:
-    """`y` is that at the end of the solve. Raises an error, or without `throw` makes that gradient (of this element of a
-    batch, and of constants what is summed over it) NaN."""
+    """Raises an error, or without `throw` makes that gradient (of this element of a
+    batch, and of constants what is summed over it) NaN. `y` is that at the end."""
     messages = [
         "`adjoint=ReversibleAdjoint()` does not support a step size controller that "
         "starts a step elsewhere than at the end of the step before (or, at a jump, "

@@ -7,7 +7,7 @@ more of the states wanted, and in the end all of them. Then nothing is rebuilt.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.lax as lax
 import jax.numpy as jnp
