@@ -24,6 +24,7 @@ from .test_counts import Counter
 
 
 U = dfxr.UReversible(diffrax.Tsit5())
+SHORT = dfxr.UReversible(diffrax.Heun())
 CHECKPOINTING = diffrax.RecursiveCheckpointAdjoint()
 
 
@@ -451,6 +452,191 @@ def test_kink_at_the_start():
         for adjoint in (dfxr.ReversibleAdjoint(), CHECKPOINTING)
     ]
     assert relative_difference(ours, expected) < 1e-12
+
+
+def _compare(loss, params, limit, **kwargs):
+    """Gradients by both adjoints, which are not finite in the same places. Returns how
+    many states ours wants."""
+    (ours, stats), (expected, _) = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint, **kwargs), has_aux=True))(
+            params
+        )
+        for adjoint in (dfxr.ReversibleAdjoint(), CHECKPOINTING)
+    ]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        is_finite = jnp.isfinite(b)
+        assert jnp.array_equal(jnp.isfinite(a), is_finite)
+        assert relative_difference(a[is_finite], b[is_finite]) < limit
+    return np.asarray(stats["num_checkpoints"])
+
+
+def _loss_at_rest(params, adjoint, solver, adaptive=False):
+    # Two elements that are zero and one until a dose, with kinks there that are seen a
+    # while before, and at none of the states that are kept.
+    y0, start, rate = params
+
+    def vector_field(t, y, rate):
+        x, a, b = y
+        is_seen = (t > 0.355) & (t < 0.455)
+        dose = rate * jnp.maximum(t - start, 0) ** 2 * x
+        kink = 8 * jnp.where(is_seen, jnp.maximum(a, 0) + jnp.minimum(b - 1, 0), 0)
+        return jnp.stack([-x, dose - kink, kink - dose])
+
+    controller = diffrax.ConstantStepSize()
+    if adaptive:
+        # (No step is so long that none is made where the kinks are seen.)
+        controller = diffrax.PIDController(rtol=1e-4, atol=1e-6, dtmax=0.01)
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),
+        solver,
+        0.0,
+        1.0,
+        0.01,
+        y0,
+        rate,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=256 if adjoint is CHECKPOINTING else None,
+    )
+    return jnp.sum(jnp.sin(sol.ys)), sol.stats
+
+
+_AT_REST = jnp.array([1.0, 0.0, 1.0]), jnp.array(0.5), jnp.array(3.0)
+
+
+@pytest.mark.parametrize(
+    "solver", [U, dfxr.AsynchronousLeapfrog(), dfxr.ReversibleHeun(), dfxr.EES25()]
+)
+def test_kinks_where_elements_are_at_rest(solver):
+    # Both are moved by the same step. What is rebuilt is off by rounding, in 50 steps.
+    # (And one of these is reversible only nearly.)
+    limit = 50 * 100 * jnp.finfo(jnp.float64).eps
+    num_wanted = _compare(_loss_at_rest, _AT_REST, limit, solver=solver)
+    # (Others the solver itself may want.)
+    assert 1 <= num_wanted <= 3
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_elements_of_a_batch_at_rest(adaptive):
+    def loss(params, adjoint):
+        y0, start, rate = params
+        axes = ((None, 0, None),)
+        one = ft.partial(
+            _loss_at_rest,
+            adjoint=adjoint,
+            solver=dfxr.ReversibleHeun(),
+            adaptive=adaptive,
+        )
+        out, stats = jax.vmap(one, axes)((y0, start, rate))
+        return jnp.sum(out), stats
+
+    y0, _, rate = _AT_REST
+    params = y0, jnp.array([0.5, 0.72]), rate
+    limit = 100 * 10 * jnp.finfo(jnp.float64).eps
+    num_wanted = _compare(loss, params, limit)
+    # Together, if they make the same steps: so that these are recorded once.
+    assert np.all(num_wanted == (1 if adaptive else 2))
+
+
+def test_rest_is_no_rest():
+    # What relaxes is moved by single roundings in the end, and that is not told from
+    # rest; nor is where something turns.
+    def loss(y0, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(
+                lambda t, y, args: jnp.stack(
+                    [y[0] * (1 - y[0]), y[0] - 3 * y[1], y[3], -y[2], 0 * t]
+                )
+            ),
+            dfxr.ReversibleHeun(),
+            0.0,
+            60.0,
+            0.1,
+            y0,
+            adjoint=adjoint,
+            max_steps=600,
+        )
+        return jnp.sum(jnp.sin(sol.ys)), sol.stats
+
+    y0 = jnp.array([0.1, 0.0, 1.0, 0.0, 7.0])
+    _, stats = jax.jit(ft.partial(loss, adjoint=dfxr.ReversibleAdjoint()))(y0)
+    assert stats["num_checkpoints"] == 0
+
+
+def test_what_is_rebuilt_next_to_zero():
+    # Of an element that rests there, whatever is next to it.
+    def differs(a, at_rest):
+        b, change = jnp.array([1e3, 0.0]), jnp.array([1.0, 0.0])
+        zero = jnp.array(0.0)
+        found = verify.Found(zero, zero, (a, b), (a, b), b, jnp.array(at_rest))
+        return verify._states_differ(1e-8, found, change, jnp.array(True))
+
+    assert differs(jnp.array([1e3, 1e-17]), True)
+    assert not differs(jnp.array([1e3, 0.0]), True)
+    # But not of one that is about to move.
+    assert not differs(jnp.array([1e3, 1e-17]), False)
+
+
+@pytest.mark.parametrize("kind", ["ts", "steps", "dense"])
+def test_what_was_saved_before_it_grew(kind):
+    # By a factor of 1e12, within as many steps as are undone at once.
+    saveat = {
+        "ts": diffrax.SaveAt(ts=jnp.array([0.35, 0.45]), fn=_log),
+        "steps": diffrax.SaveAt(steps=30, fn=_log),
+        "dense": diffrax.SaveAt(dense=True),
+    }[kind]
+
+    def loss(rate, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(
+                lambda t, y, rate: rate * jnp.where(t < 0.625, 1, 1e13) * jnp.exp(-t)
+            ),
+            dfxr.AsynchronousLeapfrog(),
+            0.0,
+            1.0,
+            1 / 96,
+            jnp.array(1e-3),
+            rate,
+            saveat=saveat,
+            adjoint=adjoint,
+            max_steps=None if kind == "ts" and adjoint is not CHECKPOINTING else 96,
+        )
+        if kind == "dense":
+            return _log(0, sol.evaluate(0.35), None), sol.stats
+        return jnp.sum(sol.ys[:2]), sol.stats
+
+    # With every state made again it is the same, but for rounding in 96 steps.
+    _compare(loss, jnp.array(1.3), 100 * jnp.finfo(jnp.float64).eps)
+
+
+def _log(t, y, args):
+    return jnp.log(y)
+
+
+@pytest.mark.parametrize("throw", [True, False])
+@pytest.mark.parametrize("first", [jnp.inf, -1.0])
+def test_an_element_that_is_not_finite(first, throw):
+    # From the start, or as it becomes NaN; which does not matter to the others.
+    def loss(y0, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(
+                lambda t, y, args: (
+                    -y * jnp.where(t > 0.5, jnp.log(jnp.minimum(y, 9)), 1)
+                )
+            ),
+            SHORT,
+            0.0,
+            1.0,
+            1 / 100,
+            y0,
+            adjoint=adjoint,
+            max_steps=128,
+            throw=throw,
+        )
+        return sol.ys[0, 1], sol.stats
+
+    limit = 100 * 10 * jnp.finfo(jnp.float64).eps
+    _compare(loss, jnp.array([first, 0.2]), limit)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

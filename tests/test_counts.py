@@ -378,12 +378,12 @@ RK = dfxr.UReversible(diffrax.Heun())
     [
         # The coupling is recorded, in a byte; and in another, what is wanted.
         (dict(solver=RK), 10),
-        (dict(solver=dfxr.UReversible(diffrax.Heun(), 0.999)), 8),
-        (dict(solver=dfxr.ReversibleHeun()), 8),
+        (dict(solver=dfxr.UReversible(diffrax.Heun(), 0.999)), 9),
+        (dict(solver=dfxr.ReversibleHeun()), 9),
         # The step before is recorded by the solver.
-        (dict(solver=dfxr.LeapfrogMidpoint()), 16),
+        (dict(solver=dfxr.LeapfrogMidpoint()), 17),
         # A batch that makes the same steps records them once.
-        (dict(solver=dfxr.ReversibleHeun(), batch=8), 8),
+        (dict(solver=dfxr.ReversibleHeun(), batch=8), 9),
         # Each element of a batch has its own couplings, and wants its own states.
         (dict(solver=RK, batch=8), 8 + 2 * 8),
         (dict(solver=RK, batch=8, adaptive=True), 8 * 10),

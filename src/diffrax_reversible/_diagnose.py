@@ -352,7 +352,9 @@ def _walk_back(
     checkpoint_every,
 ):
     zero = jnp.array(0)
-    window = Window(record.steps, zero, init_state.tprev, jnp.array(1))
+    # (Or else of more steps than there are.)
+    every = jnp.array(checkpoint_every or max_steps + 1)
+    window = Window(record.steps, zero, init_state.tprev, every)
     static = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array, True)
 
     def cond_fun(carry):
@@ -360,7 +362,7 @@ def _walk_back(
         return index > 0
 
     def body_fun(carry):
-        num_steps, rebuilt, after, slots, out = carry
+        num_steps, rebuilt, slots, out = carry
         index = num_steps - 1
         block = forward.format.read(window, index[None])
         _, t0, t1, made_jump = block.times(jnp.array(0))
@@ -372,11 +374,8 @@ def _walk_back(
         # All steps but the first have a slot.
         stored, _ = slots.top_state(forward.kept(init_state, init_state.tprev))
         y_stored, state_stored = eqx.combine(stored, static)
-        states = (state_stored, after, made_jump)
-        needs = jnp.asarray(solver.needs_checkpoint(*states))
-        wants = needs | solver.wants_checkpoint(*states)
-        if checkpoint_every is not None:
-            wants = wants | ((index > 0) & (index % checkpoint_every == 0))
+        # (The start of the solve is there anyway.)
+        needs, wants = block.is_needed[0], block.is_wanted[0] & (index > 0)
         drift = distance(y0, y_stored, y1)
         separation, m = _coupling(solver, y_stored, state_stored)
         values = dict(
@@ -392,7 +391,7 @@ def _walk_back(
             (y_stored, state_stored),
             (y0, state0),
         )
-        return index, rebuilt, state_stored, slots.pop(slots.count > 0), out
+        return index, rebuilt, slots.pop(slots.count > 0), out
 
     n = final_state.num_accepted_steps
     dtype = rms(init_state.y).dtype
@@ -405,7 +404,7 @@ def _walk_back(
         drift=nan,
     )
     final = (final_state.y, final_state.solver_state)
-    carry = (n, final, final_state.solver_state, record.slots, out)
+    carry = (n, final, record.slots, out)
     *_, out = lax.while_loop(cond_fun, body_fun, carry)
     return out
 

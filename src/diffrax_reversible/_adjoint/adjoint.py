@@ -28,17 +28,19 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     **Cost:** On the backward pass every step is undone, and differentiated on the way;
     the docstring of each solver gives the evaluations. The memory is that of
-    `checkpoints` states, and of a record of the steps: one floating-point number and at
-    most one byte for each, and what
+    `checkpoints` states, and of a record of the steps: one floating-point number and
+    one byte for each, and what
     [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one more byte
     for [`diffrax_reversible.UReversible`][]). Under `jax.vmap` the elements of a batch
     share the record, if they make the same steps; and under `jax.grad` of `jax.vmap`
     they share the gradient of what they have in common, see `sum_over_batch`.
 
-    **Stored states:** Some steps cannot be undone, and where the solution contracts
-    undoing a step amplifies rounding errors. So the solver says at which steps the
-    state should be stored; `sol.stats["num_checkpoints"]` is how many these are. (All
-    others are stored too while there is room.) If there are more of them than
+    **Stored states:** Some steps cannot be undone: one that moves an element of the
+    state on that was held exactly until then, as vector fields often have a kink there,
+    such as at zero; and of some solvers others. And where the solution contracts
+    undoing a step amplifies rounding errors. So the solver says at which other steps
+    the state should be stored; `sol.stats["num_checkpoints"]` is how many these are.
+    (All others are stored too while there is room.) If there are more of them than
     `checkpoints`, then every other one is dropped, as often as it takes. What was
     dropped is recomputed on the backward pass, forwards from the last stored state, by
     steps of the recorded sizes. (With `checkpoints=32` that is half a forward solve in
@@ -52,6 +54,13 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     What is recomputed is compared in turn, with where the backward pass stands. If it
     differs, as steps of given sizes amplify rounding, an error is raised: that has no
     cure but more `checkpoints`.
+
+    !!! warning
+
+        A kink where two elements of the state are equal while both move, such as of
+        `jnp.max(y)`, cannot be told from its neighbourhood, unless the derivative of
+        the vector field differs at a stored state. If there are such then use
+        `checkpoint_every=1`, with as many `checkpoints` as there are steps.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event

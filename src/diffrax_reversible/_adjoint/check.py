@@ -51,6 +51,7 @@ def check(
     grads: PyTree,
     grad_consts: dict[int, Any],
     grad_final_state: PyTree,
+    y: PyTree,
     is_consistent: Array,
     event_is_lost: Array | None,
     is_lost: Array,
@@ -59,7 +60,7 @@ def check(
     loses_time: Array | None = None,
 ) -> tuple[PyTree, dict[int, Any]]:
     """Raises an error, or without `throw` makes that gradient (of this element of a
-    batch, and of constants what is summed over it) NaN."""
+    batch, and of constants what is summed over it) NaN. `y` is that at the end."""
     messages = [
         "`adjoint=ReversibleAdjoint()` does not support a step size controller that "
         "starts a step elsewhere than at the end of the step before (or, at a jump, "
@@ -79,7 +80,7 @@ def check(
     no_event = jnp.array(False) if event_is_lost is None else event_is_lost
     # If it is not finite then that is not for what it was pulled back from.
     is_finite = all_finite((grads, grad_consts))
-    overflow = ~is_finite & all_finite(grad_final_state)
+    overflow = ~is_finite & all_finite((grad_final_state, y))
     wrong = jnp.stack([~is_consistent, no_event, is_lost, overflow])
     # (What is not finite is left as it is: others may be right.)
     is_known = ~jnp.any(wrong[:3])

@@ -1,5 +1,6 @@
 """The host's loop over steps, with a record of them."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ from jaxtyping import Array, PyTree
 from .._compat import is_save_state
 from .._jax_compat import eqxi
 from .._method.base import AbstractReversibleSolver
-from .._method.tree import replace, stop_gradient
+from .._method.coupling import AbstractCouplingSolver
+from .._method.tree import replace, same_struct, stop_gradient
 from . import slots as slots_
 from .save import Saved
 from .slots import Keeping, Slots
 from .steps import BLOCK, Format, Steps
-from .vmap import where_active
+from .vmap import together, where_active
 
 
 class Record(NamedTuple):
@@ -70,6 +72,8 @@ class Ends(NamedTuple):
 
 
 _KEPT, _WANTED = 1, 2
+# By so many roundings an element moves that is at rest.
+_ROUNDING = 8
 
 
 class _Row(NamedTuple):
@@ -85,6 +89,8 @@ class _Row(NamedTuple):
     # its start.
     mark: Array
     start: PyTree
+    # Of each leaf of `y`: which elements the last accepted step has left as they were.
+    held: list[Array]
 
 
 class Forward:
@@ -95,7 +101,6 @@ class Forward:
     - `checkpoint_every`: Of how many steps one is wanted anyway, or `None`.
     - `grid`: Of how many steps one may be kept, if there is room, for the comparison
         with what is rebuilt.
-    - `may_need`: Whether there may be steps that cannot be undone.
     """
 
     def __init__(
@@ -105,14 +110,12 @@ class Forward:
         num_slots: int,
         checkpoint_every: int | None,
         grid: int,
-        may_need: bool,
     ):
         self.solver = solver
         self.format = format
         self.num_slots = num_slots
         self._checkpoint_every = checkpoint_every
         self.grid = grid
-        self.may_need = may_need
 
     #
     # What is kept of a state
@@ -261,6 +264,10 @@ class Forward:
             num_wanted=zero,
             mark=jnp.array(0, jnp.uint8),
             start=self.kept(init_state, t_before),
+            # (What has been before is not known.)
+            held=[
+                jnp.zeros(x.shape, bool) for x, *_ in _elements(self.solver, init_state)
+            ],
         )
         state, row, steps, keeping = eqxi.while_loop(
             outer_cond,
@@ -293,7 +300,10 @@ class Forward:
             # (In the loop it is an array, which would be one more to be carried.)
             state = replace(state, made_jump=False)
         needs, wants = asks(self.solver, state, new_state.solver_state)
-        is_wanted = jnp.asarray(needs) | wants
+        held, leaves = self._at_rest(row.held, state, new_state)
+        # (As all of a batch that makes the same steps record them once.)
+        needs = needs | together(leaves, index)
+        is_wanted = needs | wants
         entry, is_consistent = self.format.entry(state, row.t_last, is_wanted, needs)
         entry = stop_gradient(entry)
         if self._checkpoint_every is not None:
@@ -319,7 +329,28 @@ class Forward:
             num_wanted=row.num_wanted + jnp.where(is_inside & is_wanted, 1, 0),
             mark=jnp.where(is_inside & records, mark, 0).astype(row.mark.dtype),
             start=self.kept(state, row.t_last),
+            held=[jnp.where(accepted, x, y) for x, y in zip(held, row.held)],
         )
+
+    def _at_rest(
+        self, held: list[Array], state, new_state
+    ) -> tuple[list[Array], Array]:
+        """Which elements of `y` a step leaves exactly as they were; and whether it
+        moves any that the step before left so, by more than rounding.
+
+        Such a step cannot be undone: a vector field may well have a kink where an
+        element is at rest, such as at zero, and what is rebuilt is next to it. From its
+        start on all is well, as what is undone there is exactly zero."""
+        new_held, leaves = [], jnp.array(False)
+        before, after = (_elements(self.solver, s) for s in (state, new_state))
+        for was_held, old, new in zip(held, before, after, strict=True):
+            pairs = list(zip(old, new, strict=True))
+            new_held.append(ft.reduce(jnp.logical_and, [a == b for a, b in pairs]))
+            size = ft.reduce(jnp.maximum, [jnp.abs(a) for a in old])
+            change = ft.reduce(jnp.maximum, [jnp.abs(b - a) for a, b in pairs])
+            moves = change > _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
+            leaves = leaves | jnp.any(was_held & moves)
+        return new_held, leaves
 
     def _copy(self, steps: Steps, row: _Row, num_steps: Array) -> Steps:
         """Copies the row that the last of `num_steps` steps is in."""
@@ -343,6 +374,18 @@ def asks(solver: AbstractReversibleSolver, state, new_solver_state) -> tuple[Any
     that. Each is `False` if that is known in advance of every step."""
     states = (state.solver_state, new_solver_state, state.made_jump)
     return solver.needs_checkpoint(*states), solver.wants_checkpoint(*states)
+
+
+def _elements(solver: AbstractReversibleSolver, state) -> list[tuple[Array, ...]]:
+    """Of each leaf of `y`: its elements, and what the registers like `y` have in their
+    places."""
+    trees = [state.y]
+    if isinstance(solver, AbstractCouplingSolver):
+        registers = solver.split(state.y, state.solver_state).registers
+        trees += [r for r in registers if same_struct(r, state.y)]
+    trees = stop_gradient(trees)
+    leaves = map(jtu.tree_leaves, eqx.filter(trees, eqx.is_inexact_array))
+    return list(zip(*leaves, strict=True))
 
 
 def _arrays(tree: PyTree) -> PyTree:

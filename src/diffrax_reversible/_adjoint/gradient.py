@@ -87,6 +87,7 @@ def walk_back(
         (carry.grad_y1, carry.grad_solver_state, carry.grad_times),
         fns.sum_consts(carry.grad_consts),
         grad_final_state,
+        ends.y,
         record.is_consistent,
         undo.event_is_lost(),
         progress.is_lost,

@@ -9,8 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._method.base import AbstractReversibleSolver
-from .._method.tree import replace
-from .forward import asks, Forward
+from .forward import Forward
 from .steps import BLOCK, Format
 
 
@@ -48,9 +47,6 @@ def make_forward(
     example = False
     if made_jump is not False or init_state.made_jump is not False:
         example = jnp.asarray(init_state.made_jump)
-    state = replace(init_state, made_jump=example)
-    needs, wants = asks(solver, state, state.solver_state)
-    has_flags = needs is not False or wants is not False
 
     num_slots = _num_slots(max_steps) if checkpoints == "auto" else checkpoints
     if max_steps is None:
@@ -58,21 +54,19 @@ def make_forward(
     else:
         # (Never more slots than steps.)
         num_slots = min(num_slots, max_steps)
-        num_bytes = jnp.dtype(init_state.tnext.dtype).itemsize + has_flags
+        num_bytes = jnp.dtype(init_state.tnext.dtype).itemsize + 1
         num_bytes += _num_bytes(solver.recorded(init_state.solver_state))
         state_bytes = _num_bytes((init_state.y, init_state.solver_state))
         enough = max(_num_checkpoints(max_steps) * state_bytes // 2, _FEW_BYTES)
         length = min(max(enough // num_bytes, 8 * BLOCK), _WINDOW)
         is_window = max_steps > length and not records_all
         length = length if is_window else max(max_steps, 1)
-    format = Format(solver, example, has_flags, length, is_window)
+    format = Format(solver, example, length, is_window)
     grid = -(-format.length // 2) if is_window else -(-length // (num_slots + 1))
     # (A whole number of blocks: then one turn of the way back goes from one to the
     # next.)
     grid = -(-grid // BLOCK) * BLOCK
-    return Forward(
-        solver, format, num_slots, checkpoint_every, grid, needs is not False
-    )
+    return Forward(solver, format, num_slots, checkpoint_every, grid)
 
 
 def _num_checkpoints(max_steps: int) -> int:

@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._method.base import AbstractReversibleSolver
+from .._method.tree import same_struct
 from .functions import Functions
 from .hoist import Hoister
 
@@ -114,15 +115,6 @@ class AbstractPullback(abc.ABC):
         at what that is rebuilt as."""
 
 
-def _same_struct(x: PyTree, y: PyTree) -> bool:
-    def struct(z):
-        leaves, treedef = jtu.tree_flatten(z)
-        # Of the results of `eval_shape`, whose leaves all have these.
-        return [(leaf.shape, leaf.dtype) for leaf in leaves], treedef
-
-    return struct(x) == struct(y)
-
-
 def add_step(hoister: Hoister, solver, terms, args, step: Step) -> PyTree:
     """Adds a step forwards. Returns the structure of its output."""
 
@@ -156,7 +148,7 @@ class GenericPullback(AbstractPullback):
             ("y0", y0, y1),
             ("solver_state", solver_state0, solver_state1),
         ):
-            if not _same_struct(before, after):
+            if not same_struct(before, after):
                 raise ValueError(
                     f"`{type(solver).__name__}.backward_step` must return `{name}` of "
                     "the structure, shapes and dtypes that `step` takes and returns. "

@@ -39,7 +39,6 @@ class Steps(NamedTuple):
 
     # `tnext`.
     times: Any
-    # `None` if there are neither jumps nor states that are wanted.
     flags: Any
     # What the solver wants recorded: a list of the leaves of `solver.recorded`.
     recorded: list[Any]
@@ -83,7 +82,6 @@ class Format:
         self,
         solver: AbstractReversibleSolver,
         made_jump: Any,
-        asks: bool,
         length: int,
         is_window: bool,
     ):
@@ -91,7 +89,6 @@ class Format:
         # `False` if that is known in advance of every step; otherwise an example.
         self.made_jump = made_jump
         self._has_jumps = made_jump is not False
-        self._has_flags = self._has_jumps or asks
         # Whether there may be more steps than are recorded, and then only the last are.
         self.is_window = is_window
         self._num_rows = -(-length // BLOCK)
@@ -110,7 +107,7 @@ class Format:
         # what a step of length zero would have put.
         return Steps(
             times=jnp.full(shape, init_state.tprev),
-            flags=jnp.zeros(shape, jnp.uint8) if self._has_flags else None,
+            flags=jnp.zeros(shape, jnp.uint8),
             recorded=[
                 jnp.broadcast_to(x, (*shape, *x.shape))
                 for x in self._recorded_leaves(init_state.solver_state)
@@ -139,12 +136,9 @@ class Format:
                 t = eqxi.nextafter(t)
                 bumps = jnp.where(state.tprev == t, jnp.uint8(k), bumps)
         is_consistent = (bumps > 0) | (state.tprev == t_last)
-        flags = None
-        if self._has_flags:
-            flags = bumps
-            if self._has_jumps:
-                flags = flags | _bit(state.made_jump, _JUMP)
-            flags = flags | _bit(is_wanted, _WANTED) | _bit(is_needed, _NEEDED)
+        flags = bumps | _bit(is_wanted, _WANTED) | _bit(is_needed, _NEEDED)
+        if self._has_jumps:
+            flags = flags | _bit(state.made_jump, _JUMP)
         recorded = self._recorded_leaves(state.solver_state)
         return Steps(state.tnext, flags, recorded), is_consistent
 
@@ -162,25 +156,20 @@ class Format:
         before = self._read(steps.times, jnp.maximum(numbers - 1, 0))
         t_prev = jnp.where(numbers > window.first, before, window.t_first)
         t0, made_jump = t_prev, False
-        is_wanted = numbers % window.every == 0
-        is_needed = jnp.zeros_like(is_wanted)
-        if self._has_flags:
-            flags = self._read(steps.flags, numbers)
-            is_wanted = is_wanted | _is_wanted(flags)
-            is_needed = (flags & jnp.uint8(_NEEDED)) != 0
-            if self._has_jumps:
-                t = t_prev
-                for k in range(1, _MAX_BUMPS + 1):
-                    t = eqxi.nextafter(t)
-                    t0 = jnp.where((flags & jnp.uint8(_BUMPS)) == k, t, t0)
-                made_jump = (flags & jnp.uint8(_JUMP)) != 0
+        flags = self._read(steps.flags, numbers)
+        if self._has_jumps:
+            t = t_prev
+            for k in range(1, _MAX_BUMPS + 1):
+                t = eqxi.nextafter(t)
+                t0 = jnp.where((flags & jnp.uint8(_BUMPS)) == k, t, t0)
+            made_jump = _has(flags, _JUMP)
         return Block(
             t_prev=t_prev,
             t0=t0,
             t1=self._read(steps.times, numbers),
             made_jump=made_jump,
-            is_wanted=is_wanted,
-            is_needed=is_needed,
+            is_wanted=(numbers % window.every == 0) | _has(flags, _WANTED),
+            is_needed=_has(flags, _NEEDED),
             recorded=[self._read(x, numbers) for x in steps.recorded],
         )
 
@@ -191,10 +180,8 @@ class Format:
         def add_row(carry):
             first, count = carry
             numbers = first + jnp.arange(BLOCK)
-            is_wanted = numbers % window.every == 0
-            if self._has_flags:
-                flags = self._read(window.steps.flags, numbers)
-                is_wanted = is_wanted | _is_wanted(flags)
+            flags = self._read(window.steps.flags, numbers)
+            is_wanted = (numbers % window.every == 0) | _has(flags, _WANTED)
             is_between = (numbers > start) & (numbers < stop)
             new = jnp.sum(is_wanted & is_between).astype(count.dtype)
             return first + BLOCK, count + new
@@ -232,5 +219,5 @@ def _bit(pred: Any, bit: int) -> Array:
     return jnp.where(pred, jnp.uint8(bit), jnp.uint8(0))
 
 
-def _is_wanted(flags: Array) -> Array:
-    return (flags & jnp.uint8(_WANTED)) != 0
+def _has(flags: Array, bit: int) -> Array:
+    return (flags & jnp.uint8(bit)) != 0

@@ -33,6 +33,9 @@ class Carry(NamedTuple):
     t_after: Array
     y1: PyTree
     solver_state: PyTree
+    # The last state at hand from which something was saved; or where the way back was
+    # begun, or gone on with, if nothing was.
+    y_seen: PyTree
     pullback: PyTree
     # For each `SubSaveAt`.
     saved: list[save.Saved]
@@ -140,6 +143,7 @@ class Undo:
             t_after=times_.locate(self._times, ends.tprev, ends.num_steps),
             y1=y,
             solver_state=solver_state,
+            y_seen=y,
             pullback=self._pullback.prime(fns, t1, y, solver_state),
             saved=ends.saved,
             grad_y1=materialise(grad.y, eqx.filter(y, eqx.is_inexact_array)),
@@ -230,6 +234,11 @@ class Undo:
                 grad = jnp.where(active, grad, 0)
                 grad_times = self._add_time(grad_times, t, grad, n)
         keep = ft.partial(_keep, active)
+        # (`False` if that is known in advance.)
+        is_seen: Any = self._grad_dense_infos is not None
+        for new, saved in zip(before.saved, old.saved):
+            if new is not saved:
+                is_seen = is_seen | (new.index != saved.index)
         node = carry.node
         if node is not None:
             grad_node = jnp.where(active, node.grad + grad_end + grad_t1 + grads.t1, 0)
@@ -248,6 +257,9 @@ class Undo:
             t_after=keep(step.t0, old.t_after),
             y1=keep(rebuilt.y0, old.y1),
             solver_state=keep(rebuilt.solver_state, old.solver_state),
+            y_seen=old.y_seen
+            if is_seen is False
+            else _where(active & is_seen, old.y1, old.y_seen),
             # Of a batch it is one whole, so that it cannot be kept for an element.
             pullback=new_pullback,
             saved=before.saved,
@@ -359,6 +371,10 @@ class Undo:
 
 def _keep(pred, new: PyTree, old: PyTree) -> PyTree:
     return jtu.tree_map(lambda a, b: where_active(pred, a, b), new, old)
+
+
+def _where(pred, new: PyTree, old: PyTree) -> PyTree:
+    return jtu.tree_map(lambda a, b: jnp.where(pred, a, b), new, old)
 
 
 def _none_if_zero(grads: PyTree) -> PyTree:

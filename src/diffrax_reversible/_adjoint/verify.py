@@ -8,7 +8,7 @@ densely.
 
 import functools as ft
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
 from .._method.controlled import precision, rms
+from .._method.tree import same_struct
 from .coupling_pullback import comparable
 from .functions import Functions, of_dtype
 from .hoist import Hoister
@@ -67,7 +68,11 @@ class Found(NamedTuple):
     t1: Array
     rebuilt: tuple[PyTree, PyTree]
     stored: tuple[PyTree, PyTree]
+    # Nothing was saved in between.
     later: tuple[PyTree, PyTree]
+    # Whether an element that does not change is one that has not changed since: as
+    # otherwise the next step is made from what is stored.
+    at_rest: Array
 
     @property
     def y(self) -> tuple[PyTree, PyTree]:
@@ -78,15 +83,16 @@ class Found(NamedTuple):
         it is not known."""
         states = (self.rebuilt, self.stored, self.later)
         rebuilt, stored, later = [fns.call("comparable", *state) for state in states]
-        moved = None
+        moved = rests = None
         if change is not None:
             y, solver_state = self.stored
+            rests = [self.at_rest & x for x in _at_rest(y, change, stored)]
             moved_y = jtu.tree_map(
                 lambda x, c: x if c is None else x + c.astype(x.dtype), y, change
             )
             moved = fns.call("comparable", moved_y, solver_state)
         tol = tolerance(self.stored[0])
-        return _states_differ(tol, rebuilt, stored, later, moved, is_finite)
+        return _states_differ(tol, rebuilt, stored, later, moved, rests, is_finite)
 
 
 def differs(
@@ -150,13 +156,18 @@ def _rounding(grad_y: PyTree, pulled: PyTree, y: PyTree, num_steps: Array) -> Ar
     for g, h, x in zip(*map(jtu.tree_leaves, (grad_y, pulled, y)), strict=True):
         # (Not of elements that nothing depends on, as one that only adds up.)
         each = jnp.where(h != 0, jnp.abs(g) * jnp.abs(x), 0)
-        total = total + jnp.sum(each).astype(total.dtype)
+        total = total + jnp.sum(_size(each)).astype(total.dtype)
     return num_steps.astype(total.dtype) * total
 
 
 def _over_largest(a: Array, x: Array) -> Array:
     largest = _largest(x).astype(a.dtype) if x.size > 0 else jnp.zeros_like(a)
     return jnp.where(largest > 0, a / jnp.where(largest > 0, largest, 1), 0)
+
+
+def _size(x: Array) -> Array:
+    """Zero for what is not finite: or nothing next to it could be compared."""
+    return jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
 
 
 def _underflow(dtype) -> float:
@@ -177,33 +188,47 @@ def _states_differ(
     stored: PyTree,
     later: PyTree,
     moved: PyTree,
+    rests: list[Any] | None,
     is_finite: Array,
 ) -> Array:
     out = jnp.array(False)
     states = (rebuilt, stored, later, stored if moved is None else moved)
-    for a, b, *others in zip(*map(_arrays, states), strict=True):
+    leaves = [*map(_arrays, states)]
+    rests = [False] * len(leaves[0]) if rests is None else rests
+    for a, b, *others, holds in zip(*leaves, rests, strict=True):
         if b.size == 0:
             continue
         if not eqx.is_inexact_array(b):
             out = out | jnp.any(a != b)
             continue
         eps = float(jnp.finfo(b.dtype).eps)
-        size = _size(b)
+        size = own = _size(b)
         if moved is None:
             size = size + rms(size).astype(size.dtype)
         for x in others:
             size = jnp.maximum(size, _size(x))
         # (It may be of less precision than `y` is.)
-        bound = max(tol, tolerance(b)) * size
-        bound = bound + _FLOOR * eps * jnp.max(size) + _underflow(b.dtype)
+        tol_b = max(tol, tolerance(b))
+        bound = tol_b * size + _FLOOR * eps * jnp.max(size)
+        # (A kink may be just there, as at zero: then rounding is not nothing.)
+        bound = jnp.where(holds, tol_b * own, bound)
+        bound = bound + _underflow(b.dtype)
         # (What is not finite in the solution itself cannot be cured.)
         is_lost = ~(jnp.isfinite(b) | is_finite)
         out = out | ~jnp.all((a == b) | (jnp.abs(a - b) <= bound) | is_lost)
     return out
 
 
-def _size(x: Array) -> Array:
-    return jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
+def _at_rest(y: PyTree, change: PyTree, tree: PyTree) -> list[Any]:
+    """Of each array in the tree: which elements do not change, in those parts of it
+    that are like `y`; and `False` elsewhere."""
+    is_like = lambda x: same_struct(x, y)
+    changes = iter(jtu.tree_leaves(change))
+    like_y = [eqx.is_inexact_array(x) and next(changes) == 0 for x in _arrays(y)]
+    out = []
+    for part in jtu.tree_leaves(tree, is_leaf=is_like):
+        out += like_y if is_like(part) else [False] * len(_arrays(part))
+    return out
 
 
 def _arrays(tree: PyTree) -> list[Array]:
@@ -215,8 +240,8 @@ def _gradients_differ(
 ) -> Array:
     n = num_steps.astype(jnp.finfo(b.dtype).dtype)
     eps = float(jnp.finfo(b.dtype).eps)
-    bound = tol * (jnp.abs(total) + n * jnp.abs(b))
-    bound = bound + 1e3 * eps * _largest(total) + n * _underflow(b.dtype)
+    bound = tol * (_size(total) + n * jnp.abs(b))
+    bound = bound + 1e3 * eps * _size(_largest(total)) + n * _underflow(b.dtype)
     bound = bound + floor.astype(bound.dtype)
     return ~jnp.all((n * jnp.abs(a - b) <= bound) | ~jnp.isfinite(b))
 
@@ -235,8 +260,8 @@ def is_lost(made_again: PyTree, y: PyTree) -> Array:
     for a, b in zip(*map(jtu.tree_leaves, map(_inexact, (made_again, y)))):
         if b.size > 0:
             tol = float(jnp.finfo(b.dtype).eps) ** 0.25
-            size = jnp.abs(b)
-            bound = tol * (size + rms(b)) + _underflow(b.dtype)
+            size = _size(b)
+            bound = tol * (size + rms(size)) + _underflow(b.dtype)
             # (What is not finite in the solution itself is nothing new.)
             out = out | jnp.any(~(jnp.abs(a - b) <= bound) & jnp.isfinite(b))
     return out

@@ -3,6 +3,23 @@ import jax.lax as lax
 import jax.numpy as jnp
 
 
+@jax.custom_batching.custom_vmap
+def together(pred, number):
+    """`pred`; or if it is batched, and `number` is not, whether it is true for any."""
+    del number
+    return pred
+
+
+@together.def_vmap
+def _together_vmap(axis_size, in_batched, pred, number):
+    pred_batched, number_batched = in_batched
+    if not number_batched:
+        return together(jnp.any(pred, axis=0) if pred_batched else pred, number), False
+    if not pred_batched:
+        pred = jnp.broadcast_to(pred, (axis_size, *pred.shape))
+    return together(pred, number), True
+
+
 @jax.custom_jvp
 def where_active(active, new, old):
     """`jnp.where(active, new, old)`, if `active` is batched; otherwise it must be true,

@@ -7,10 +7,11 @@ more of the states wanted, and in the end all of them. Then nothing is rebuilt.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
@@ -247,6 +248,10 @@ class WayBack:
         is_end = is_next & ~is_known & self._is_needed(read, carry.num_steps - 1)
         # (Not in a branch, which would copy all that is kept.)
         proceeds = (compares | is_end) & self._rebuilds
+        y_seen = jtu.tree_map(
+            lambda a, b: jnp.where(is_end, a, b), carry.y_seen, carry.y1
+        )
+        carry = carry._replace(y_seen=y_seen)
         slots, end = self._make_again(slots, window, wanted, is_made, proceeds)
         is_lost = compares & self._rebuilds & verify.is_lost(end[0], carry.y1)
         if carry.pullback is not None:
@@ -291,7 +296,12 @@ class WayBack:
             differs, noise = lax.cond(
                 eqxi.unvmap_any(checks),
                 lambda: self._differs(
-                    carry, segment, restored(~is_end, kept, end), progress, checks
+                    carry,
+                    segment,
+                    restored(~is_end, kept, end),
+                    progress,
+                    checks,
+                    window.first,
                 ),
                 lambda: (differs, noise),
             )
@@ -312,10 +322,8 @@ class WayBack:
             every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
 
-    def _is_needed(self, read: _Read, number: Array) -> Any:
+    def _is_needed(self, read: _Read, number: Array) -> Array:
         """Of a step that was read."""
-        if not self._forward.may_need:
-            return False
         return read.block.is_needed[read.last - number]
 
     def _make_again(
@@ -349,17 +357,21 @@ class WayBack:
         state: tuple[PyTree, PyTree],
         progress: Progress,
         checks: Array,
+        first: Array,
     ) -> tuple[Array, Array]:
         # (Of a step next to it, at the end of those that were read.)
         k = jnp.maximum(segment.last - carry.num_steps, 0)
         _, t0, t1, _ = segment.block.times(k)
-        later = progress.carry
+        # (Of the first step that was recorded it is not known.)
+        at_rest = (carry.num_steps > first) & (carry.num_steps <= segment.last)
+        at_rest = at_rest & ~segment.block.is_needed[k]
         found = verify.Found(
             t0,
             t1,
             (carry.y1, carry.solver_state),
             state,
-            (later.y1, later.solver_state),
+            (carry.y_seen, progress.carry.solver_state),
+            at_rest,
         )
         num_steps = progress.since - carry.num_steps
         return verify.differs(

@@ -10,6 +10,17 @@ def stop_gradient(tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
 
 
+def same_struct(x: PyTree, y: PyTree) -> bool:
+    """Whether they have the same structure, shapes and dtypes."""
+
+    def struct(z):
+        leaves, treedef = jtu.tree_flatten(z)
+        # Of the results of `eval_shape`, whose leaves all have these.
+        return [(leaf.shape, leaf.dtype) for leaf in leaves], treedef
+
+    return struct(x) == struct(y)
+
+
 def tree_add(x: PyTree, y: PyTree) -> PyTree:
     """Sum of two gradients, in either of which `None` is zero."""
     if x is None:
