@@ -47,6 +47,9 @@ class Progress(NamedTuple):
     is_lost: Array
     # The number of the step from which all was made again that has been compared.
     compared: Array
+    # Whether what the pullback carries is of where the way back stands. (A batch has
+    # it as one whole: so it is lost to an element that waits for others.)
+    is_primed: Array
     # What rounding of `y` has done to the gradient, see `verify.differs`.
     noise: Array
     # Of how many steps one is wanted besides those that the solver wants. (In the next
@@ -112,6 +115,7 @@ class WayBack:
             has_failed=jnp.array(False),
             is_lost=jnp.array(False),
             compared=self._num_steps,
+            is_primed=jnp.array(True),
             noise=jnp.zeros((), precision(ends.y).dtype),
             every=every,
         )
@@ -151,10 +155,12 @@ class WayBack:
             is_lost = progress.has_failed & ~windows.covers_all
             first = jnp.where(is_lost, self._num_steps, window.first)
             progress, window = restart(progress), window._replace(first=first)
+            old = window
             carry, slots, window = windows.next_window(
                 progress.carry, progress.slots, window
             )
-            progress = progress._replace(carry=carry, slots=slots)
+            is_primed = progress.is_primed & (window.first == old.first)
+            progress = progress._replace(carry=carry, slots=slots, is_primed=is_primed)
             return attempt(progress, window), window
 
         windows = self._windows
@@ -188,6 +194,7 @@ class WayBack:
             has_failed=jnp.zeros_like(progress.has_failed),
             is_lost=jnp.zeros_like(progress.is_lost),
             compared=self._num_steps,
+            is_primed=jnp.ones_like(progress.is_primed),
             noise=jnp.zeros_like(progress.noise),
             every=progress.every,
         )
@@ -254,8 +261,6 @@ class WayBack:
         carry = carry._replace(y_seen=y_seen)
         slots, end = self._make_again(slots, window, wanted, is_made, proceeds)
         is_lost = compares & self._rebuilds & verify.is_lost(end[0], carry.y1)
-        if carry.pullback is not None:
-            carry = lax.cond(makes, self._undo.prime, lambda carry: carry, carry)
         is_waiting = is_stuck & ~makes
 
         target = slots.top()
@@ -278,6 +283,9 @@ class WayBack:
         limit = jnp.where(has_target, target + jnp.where(is_before, 1, 0), first)
         limit = jnp.where(is_waiting | ~is_inside, carry.num_steps, limit)
         moves = carry.num_steps > limit
+        if carry.pullback is not None:
+            primes = eqxi.unvmap_any(moves & ~progress.is_primed)
+            carry = lax.cond(primes, self._undo.prime, lambda carry: carry, carry)
 
         # A batch leaves the inner loop together. It touches no long array.
         def goes_on(carry):
@@ -318,6 +326,7 @@ class WayBack:
             has_failed=progress.has_failed | fails,
             is_lost=progress.is_lost | is_lost,
             compared=jnp.where(compares, start, progress.compared),
+            is_primed=moves | (progress.is_primed & ~eqxi.unvmap_any(moves)),
             noise=noise,
             every=jnp.where(fails, jnp.where(is_last, 1, _DENSE), progress.every),
         )
