@@ -577,13 +577,12 @@ def test_what_is_rebuilt_next_to_zero():
     assert not differs(jnp.array([1e3, 1e-17]), False)
 
 
-@pytest.mark.parametrize("kind", ["ts", "steps", "dense"])
+@pytest.mark.parametrize("kind", ["ts", "steps"])
 def test_what_was_saved_before_it_grew(kind):
     # By a factor of 1e12, within as many steps as are undone at once.
     saveat = {
         "ts": diffrax.SaveAt(ts=jnp.array([0.35, 0.45]), fn=_log),
         "steps": diffrax.SaveAt(steps=30, fn=_log),
-        "dense": diffrax.SaveAt(dense=True),
     }[kind]
 
     def loss(rate, adjoint):
@@ -601,8 +600,6 @@ def test_what_was_saved_before_it_grew(kind):
             adjoint=adjoint,
             max_steps=None if kind == "ts" and adjoint is not CHECKPOINTING else 96,
         )
-        if kind == "dense":
-            return _log(0, sol.evaluate(0.35), None), sol.stats
         return jnp.sum(sol.ys[:2]), sol.stats
 
     # With every state made again it is the same, but for rounding in 96 steps.
