@@ -14,6 +14,7 @@ import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optimistix
 
 import diffrax_reversible as dfxr
 from diffrax_reversible._adjoint import (
@@ -155,9 +156,35 @@ class GenericUReversible(dfxr.AbstractReversibleSolver):
         return y0, dict(y0=y0, y1=y1), z0
 
 
+class AdamsBashforth(diffrax.AbstractSolver):
+    """Of two steps of the same size, with the last slope as its state: a solver that
+    cannot be undone."""
+
+    term_structure = diffrax.ODETerm
+    interpolation_cls = diffrax.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def init(self, terms, t0, t1, y0, args):
+        return dict(f=terms.vf(t0, y0, args), count=0)
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        h = t1 - t0
+        f = terms.vf(t0, y0, args)
+        y1 = jtu.tree_map(
+            lambda y, a, b: y + h * (1.5 * a - 0.5 * b), y0, f, solver_state["f"]
+        )
+        state = dict(f=f, count=solver_state["count"] + 1)
+        return y1, None, dict(y0=y0, y1=y1), state, diffrax.RESULTS.successful
+
+
 @dataclasses.dataclass(frozen=True)
 class SolverCase:
-    solver: dfxr.AbstractReversibleSolver
+    solver: diffrax.AbstractSolver
     order: int
     # Whether `terms` and `y` are pairs.
     pair: bool = False
@@ -176,7 +203,8 @@ class SolverCase:
 
 
 U = dfxr.UReversible
-SOLVERS = {
+# Those that undo their steps.
+REVERSIBLE = {
     # With a coupling drawn down to 1/8 where steps are made one by one.
     "UReversible-Heun": SolverCase(
         U(diffrax.Heun()), 2, adaptive=True, amplification=8, forgets=True
@@ -226,6 +254,30 @@ SOLVERS = {
     "user-generic": SolverCase(GenericLeapfrog(), 2, controls=()),
     "user-coupling": SolverCase(CouplingLeapfrog(), 2, controls=()),
 }
+
+# Those that do not.
+_ROOT_FINDER = diffrax.VeryChord(rtol=1e-5, atol=1e-5)
+RECOMPUTED = {
+    # Their slope is a part of the state, or not.
+    "Tsit5": SolverCase(diffrax.Tsit5(), 5, controls=("cde",), adaptive=True),
+    "Heun": SolverCase(diffrax.Heun(), 2, adaptive=True),
+    "Euler": SolverCase(diffrax.Euler(), 1),
+    "HalfSolver": SolverCase(diffrax.HalfSolver(diffrax.Euler()), 1, adaptive=True),
+    "EulerHeun": SolverCase(diffrax.EulerHeun(), 1, controls=("sde",), noise="general"),
+    "SEA": SolverCase(diffrax.SEA(), 1, controls=("sde",), noise="additive"),
+    "Kvaerno3": SolverCase(
+        diffrax.Kvaerno3(root_finder=_ROOT_FINDER), 3, controls=(), adaptive=True
+    ),
+    "ImplicitEuler": SolverCase(
+        diffrax.ImplicitEuler(root_finder=optimistix.Newton(1e-8, 1e-8)),
+        1,
+        controls=(),
+        adaptive=True,
+    ),
+    "user-multistep": SolverCase(AdamsBashforth(), 2, controls=()),
+}
+
+SOLVERS = {**REVERSIBLE, **RECOMPUTED}
 
 STRUCTURES = {
     "scalar": lambda f: f(()),

@@ -65,26 +65,26 @@ class _Other(diffrax.AbstractSolver):
 @pytest.mark.parametrize(
     "solver,asked,instead",
     [
-        (diffrax.Euler(), "diffrax.Euler()", "Use `UReversible(diffrax.Heun())`"),
+        (diffrax.Euler(), "diffrax.Euler()", "Use `solver=diffrax.Euler()` as it is"),
         (diffrax.EulerHeun(), "diffrax.EulerHeun()", "`UReversible(diffrax.Heun())`."),
         (
             diffrax.HalfSolver(diffrax.Tsit5()),
             "diffrax.HalfSolver()",
-            "Use `UReversible(diffrax.Tsit5())`.",
+            "if its steps are to be undone, `UReversible(diffrax.Tsit5())`.",
         ),
         (
             diffrax.HalfSolver(diffrax.ReversibleHeun()),
             "diffrax.HalfSolver()",
-            "Use `diffrax.ReversibleHeun()`.",
+            "to be undone, `diffrax.ReversibleHeun()`.",
         ),
         (
             diffrax.Kvaerno3(),
             "diffrax.Kvaerno3()",
-            "RecursiveCheckpointAdjoint()` with `diffrax.Kvaerno3()`.",
+            "`solver=diffrax.Kvaerno3()` as it is, with `adjoint=ReversibleAdjoint()`.",
         ),
-        (diffrax.ALIGN(0.1), "diffrax.ALIGN()", "Use `ABOBA()`."),
-        (_HasSrkStep(), "_HasSrkStep()", "Use `UReversible(diffrax.Heun())`."),
-        (_Other(), "_Other()", "Use `UReversible(diffrax.Tsit5())`."),
+        (diffrax.ALIGN(0.1), "diffrax.ALIGN()", "to be undone, `ABOBA()`."),
+        (_HasSrkStep(), "_HasSrkStep()", "undone, `UReversible(diffrax.Heun())`."),
+        (_Other(), "_Other()", "to be undone, `UReversible(diffrax.Tsit5())`."),
     ],
     ids=repr,
 )
@@ -174,20 +174,17 @@ def test_sde_needs_stratonovich(base):
 @pytest.mark.parametrize(
     "solver,remedy",
     [
-        (diffrax.Tsit5(), r"solver=UReversible\(diffrax.Tsit5\(\)\)`, or"),
-        (diffrax.Euler(), r"solver=UReversible\(diffrax.Heun\(\)\)`, or"),
-        (diffrax.Kvaerno5(), r"Use `adjoint=diffrax.RecursiveCheckpointAdjoint\(\)`"),
-        (
-            diffrax.HalfSolver(diffrax.Tsit5()),
-            r"solver=UReversible\(diffrax.Tsit5\(\)\)",
-        ),
+        (diffrax.Tsit5(), r"Use `UReversible\(diffrax.Tsit5\(\)\)`"),
+        (diffrax.Euler(), r"Use `UReversible\(diffrax.Heun\(\)\)`"),
+        (diffrax.HalfSolver(diffrax.Tsit5()), r"UReversible\(diffrax.Tsit5\(\)\)"),
     ],
 )
 def test_solver_is_not_reversible(solver, remedy):
-    # (Without adaptive steps diffrax refuses an implicit solver itself.)
-    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    # What undoes steps refuses it, and the adjoint does not.
+    arguments = (TERM, solver, 0.0, 1.0, 0.1, jnp.ones(2))
     with pytest.raises(ValueError, match=remedy):
-        solve(solver=solver, stepsize_controller=controller)
+        dfxr.diagnose(*arguments)
+    assert jnp.all(solve(solver=solver).ys > 0)
 
 
 def test_unsafe_brownian_path():
@@ -266,13 +263,12 @@ def test_registered():
     class Mine(diffrax.Heun):
         pass
 
-    with pytest.raises(ValueError, match=r"`solver=UReversible\(Mine\(\)\)`, or"):
-        solve(solver=Mine())
+    from diffrax_reversible._registry import as_reversible
+
+    assert as_reversible(Mine()) is None
     dfxr.register_reversible(Mine, lambda _: dfxr.LeapfrogMidpoint())
     # Not run as itself, for its state is another: only the lookup is shown here.
-    from diffrax_reversible._registry import to_reversible
-
-    assert type(to_reversible(Mine())) is dfxr.LeapfrogMidpoint
+    assert type(as_reversible(Mine())) is dfxr.LeapfrogMidpoint
 
 
 def test_backward_step_of_another_structure():
@@ -512,6 +508,7 @@ class _Skips(_OwnController):
 
 def _check(**kwargs):
     fine = dict(
+        y=jnp.ones(2),
         is_consistent=jnp.array(True),
         event_is_lost=None,
         is_lost=jnp.array(False),
@@ -591,7 +588,9 @@ PROVOKED = {
         TERM, RK, 0.0, 1.0, 0.1, jnp.ones(2), max_steps=None
     ),
     # When a solve starts.
-    "needs a reversible solver, and `": lambda: solve(solver=diffrax.Tsit5()),
+    "needs a reversible solver, which": lambda: dfxr.diagnose(
+        TERM, diffrax.Tsit5(), 0.0, 1.0, 0.1, jnp.ones(2)
+    ),
     "`adjoint=ReversibleAdjoint()` does not support `diffrax.Unsafe": lambda: solve(
         terms=diffrax.ControlTerm(
             lambda t, y, args: y,

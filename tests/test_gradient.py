@@ -196,6 +196,16 @@ GRID = [
     ("StormerVerlet", "step_to", "cde"),
     ("user-generic", "step_to", "ode"),
     ("user-coupling", "constant", "ode"),
+    ("Tsit5", "clip", "ode"),
+    ("Tsit5", "pid", "cde"),
+    ("Heun", "constant", "sde"),
+    ("Euler", "step_to", "cde"),
+    ("HalfSolver", "pid", "ode"),
+    ("EulerHeun", "constant", "sde"),
+    ("SEA", "step_to", "sde"),
+    ("Kvaerno3", "pid", "ode"),
+    ("ImplicitEuler", "constant", "ode"),
+    ("user-multistep", "constant", "ode"),
 ]
 
 
@@ -249,6 +259,10 @@ def test_solver_controller_term(name, controller, kind, seed, sign):
         ("ReversibleHeun", "pid", "subs"),
         ("StormerVerlet", "constant", "dense"),
         ("user-generic", "step_to", "fn"),
+        ("Tsit5", "pid", "fn"),
+        ("Tsit5", "clip", "steps"),
+        ("Tsit5", "pid", "dense"),
+        ("Kvaerno3", "pid", "subs"),
     ],
 )
 @hyp.settings(max_examples=3)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._registry import to_reversible
+from diffrax_reversible._registry import as_reversible
 
 from .helpers import (
     make_args,
@@ -21,7 +21,7 @@ from .helpers import (
     make_y,
     random_like,
     relative_difference,
-    SOLVERS,
+    REVERSIBLE,
 )
 
 
@@ -158,9 +158,9 @@ def _slope(errors, num_steps):
 MAX_GAP = 8
 
 
-@pytest.mark.parametrize("name", [n for n in SOLVERS if "UReversible" not in n])
+@pytest.mark.parametrize("name", [n for n in REVERSIBLE if "UReversible" not in n])
 def test_order(name):
-    case = SOLVERS[name]
+    case = REVERSIBLE[name]
     num_steps = (20, 160)
     errors = _errors(case.solver, case.pair, num_steps)
     terms, _ = _pendulum(case.pair)
@@ -531,7 +531,7 @@ def test_line_or_cubic_of_the_base(interpolation_cls):
 def test_gradient_of_interpolation(base, coupling_parameter, kind, saveat):
     from .test_gradient import solve_loss, TOL
 
-    case = SOLVERS["UReversible-Heun"]
+    case = REVERSIBLE["UReversible-Heun"]
     solver = dfxr.UReversible(base, coupling_parameter)
     keys = jax.random.split(jax.random.key(5), 3)
     terms = make_terms(case, kind, "vector", jnp.float64, keys[0])
@@ -557,7 +557,7 @@ def test_gradient_of_interpolation(base, coupling_parameter, kind, saveat):
 
 HOSTED = [
     (name, kind, controller)
-    for name, case in SOLVERS.items()
+    for name, case in REVERSIBLE.items()
     if case.host is not None
     for kind in ("ode", *case.controls)
     for controller in (["step_to", "clip"] if case.adaptive else ["step_to"])
@@ -569,7 +569,7 @@ HOSTED = [
 def test_same_as_host(name, kind, controller):
     from .test_gradient import CONTROLLERS
 
-    case = SOLVERS[name]
+    case = REVERSIBLE[name]
     keys = jax.random.split(jax.random.key(3), 3)
     terms = make_terms(case, kind, "vector", jnp.float64, keys[0])
     y0 = random_like(make_y(case, "vector", jnp.float64), keys[1])
@@ -594,7 +594,7 @@ def test_same_as_host(name, kind, controller):
         )
 
     # (Our own solvers may have another interpolation.)
-    ours = solve(to_reversible(case.host), dfxr.ReversibleAdjoint())
+    ours = solve(as_reversible(case.host), dfxr.ReversibleAdjoint())
     host = solve(case.host, diffrax.RecursiveCheckpointAdjoint())
     assert ours.stats["num_steps"] == host.stats["num_steps"]
     assert type(ours.solver_state) is type(host.solver_state)

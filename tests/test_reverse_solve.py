@@ -17,7 +17,7 @@ from .helpers import (
     make_y,
     random_like,
     relative_difference,
-    SOLVERS,
+    REVERSIBLE,
 )
 
 
@@ -25,7 +25,7 @@ EPS = float(jnp.finfo(jnp.float64).eps)
 # All that undo every step without a checkpoint.
 UNDONE = [
     name
-    for name, case in SOLVERS.items()
+    for name, case in REVERSIBLE.items()
     if not getattr(case.solver, "full_sync", False)
     and getattr(case.solver, "coupling_parameter", None) != "auto"
 ]
@@ -49,7 +49,7 @@ def _last(ys):
 def test_round_trip(name):
     # Over either direction of time, with all kinds of terms, and with a last step that
     # is shorter than the others.
-    i, case = UNDONE.index(name), SOLVERS[name]
+    i, case = UNDONE.index(name), REVERSIBLE[name]
     solver, sign = case.solver, (-1.0) ** i
     kinds = [k for k in ("ode", *case.controls) if k != "sde" or case.order > 1]
     kind = kinds[i % len(kinds)]
@@ -111,7 +111,7 @@ def test_kepler(name):
     def kepler(q):
         return -q / jnp.sum(q**2) ** 1.5
 
-    case = SOLVERS[name]
+    case = REVERSIBLE[name]
     p0, q0 = jnp.array([0.0, 1.1]), jnp.array([1.0, 0.0])
     if case.pair:
         force = diffrax.ODETerm(lambda t, q, args: kepler(q))

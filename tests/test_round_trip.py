@@ -19,7 +19,7 @@ from .helpers import (
     make_terms,
     make_y,
     random_like,
-    SOLVERS,
+    REVERSIBLE,
     STRUCTURES,
 )
 
@@ -82,7 +82,7 @@ def _with_recorded(solver, solver_state1, solver_state0):
 
 @ft.cache
 def _compiled(name, kind, structure, dtype):
-    case = SOLVERS[name]
+    case = REVERSIBLE[name]
     solver = case.solver
 
     def one(key, h, spread):
@@ -129,7 +129,7 @@ def _rebuilt(solver, y, solver_state):
 
 CONFIGURATIONS = [
     (name, kind, structure, dtype)
-    for name, case in SOLVERS.items()
+    for name, case in REVERSIBLE.items()
     for kind, structure, dtype in (
         ("ode", "pytree", jnp.float32),
         *([("ode", "none", jnp.float64)] if case.host is case.noise is None else []),
@@ -153,7 +153,7 @@ CONFIGURATIONS = [
 )
 def test_round_trip(name, kind, structure, dtype, seed, h_max, sign, spread):
     assert structure in STRUCTURES
-    case = SOLVERS[name]
+    case = REVERSIBLE[name]
     key1, key2 = jax.random.split(jax.random.key(seed))
     h = sign * jax.random.uniform(key1, (BATCH,), dtype, 0.01 * h_max, h_max)
     there, size, back, size_back = _compiled(name, kind, structure, dtype)(
@@ -167,13 +167,13 @@ def test_round_trip(name, kind, structure, dtype, seed, h_max, sign, spread):
     assert jnp.all(back <= tol * (1 + size_back))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", REVERSIBLE)
 @hyp.settings(max_examples=5)
 @hyp.given(seed=st.integers(0, 2**31 - 1))
 def test_many_steps(name, seed):
     # A rotation: nothing decays, so that what one step back loses is all that is lost.
     n = 200
-    case = SOLVERS[name]
+    case = REVERSIBLE[name]
     terms, y0 = _rotation(case)
     y0 = random_like(y0, jax.random.key(seed))
     error = _many_steps(name, n)(y0)
@@ -198,7 +198,7 @@ def _rotation(case):
 
 @ft.cache
 def _many_steps(name, n):
-    case = SOLVERS[name]
+    case = REVERSIBLE[name]
     solver = case.solver
     terms, _ = _rotation(case)
     ts = jnp.linspace(0.0, 20.0, n + 1)

@@ -5,15 +5,15 @@
 Each row times all of its columns in turn, compiled and warmed up, in this one run, so
 that the ratios mean something on any machine. All settings are the default ones.
 
-    default, ms     `RecursiveCheckpointAdjoint` on the plain solver
-    ours            `ReversibleAdjoint` on `UReversible(solver)`, or on the solver
-                    itself if it is reversible: ratio to the default
-    by hand         the arithmetic of `ours`, without its control, as a loop written out
-                    in JAX: ratio to the default
-    default, kB     temporary memory of the compiled gradient
-    ours, kB        the same
+    default         `RecursiveCheckpointAdjoint` on the solver, in ms and kB
+    as it is        `ReversibleAdjoint` on the solver: ratios to the default
+    by hand         loops written out in JAX that store every 32nd state
+    undone          `ReversibleAdjoint` on `UReversible(solver)`, or on the solver
+                    itself if it is reversible
+    by hand         its arithmetic, without its control, as a loop written out in JAX
 
-The rows that say "solve" are of a solve without a gradient.
+Memory is what the compiler allocates for temporaries. The rows that say "solve" are of
+a solve without a gradient.
 """
 
 import argparse
@@ -85,12 +85,14 @@ def everyday(name):
 #
 
 
-def terms_of(vector_field, y0, sde):
+def terms_of(vector_field, y0, sde, additive=False):
     term = diffrax.ODETerm(vector_field)
     if not sde:
         return term
-    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-4, y0.shape, jr.key(1))
-    noise = diffrax.ControlTerm(lambda t, y, p: diag(0.1 * jnp.cos(y)), path)
+    levy = diffrax.SpaceTimeLevyArea if additive else diffrax.BrownianIncrement
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-4, y0.shape, jr.key(1), levy)
+    of_y = lambda t, y, p: diag(0.1 * (jnp.ones_like(y) if additive else jnp.cos(y)))
+    noise = diffrax.ControlTerm(of_y, path)
     return diffrax.MultiTerm(term, noise)
 
 
@@ -109,6 +111,7 @@ def loss_of(
     vmap=None,
     pid=False,
     sde=False,
+    additive=False,
     t1=1.0,
     rtol=1e-6,
     dt0=0.01,
@@ -117,7 +120,7 @@ def loss_of(
     `max_steps`; and over a batch end times that differ by a factor of 4."""
     vector_field, y0, params = problem
     dtype = y0.dtype
-    terms = terms_of(vector_field, y0, sde)
+    terms = terms_of(vector_field, y0, sde, additive)
     controller = diffrax.ConstantStepSize()
     if pid:
         controller = diffrax.PIDController(rtol=rtol, atol=rtol)
@@ -150,15 +153,18 @@ def loss_of(
     return loss, (params, y0)
 
 
-def by_hand(problem, base, num_steps, vmap=None, sde=False):
-    """`UReversible(base)` with fixed steps and nothing damped, and its backward pass,
-    with the difference of the two copies as a constant. Or `ReversibleHeun`."""
+def by_hand(problem, base, num_steps, undone, vmap=None, sde=False):
+    """Fixed steps. If `undone` then `UReversible(base)` with nothing damped, and its
+    backward pass, with the difference of the two copies as a constant; or
+    `ReversibleHeun`."""
     vector_field, y0, params = problem
     terms = terms_of(vector_field, y0, sde)
     if isinstance(base, ReversibleHeun):
         solve = reversible_heun_by_hand(terms, num_steps)
-    else:
+    elif undone:
         solve = u_reversible_by_hand(terms, base.tableau, num_steps)
+    else:
+        solve = recomputed_by_hand(terms, base.tableau, num_steps)
     if vmap is not None:
         y0 = jnp.broadcast_to(y0, (vmap, *y0.shape))
 
@@ -169,10 +175,9 @@ def by_hand(problem, base, num_steps, vmap=None, sde=False):
     return loss, (params, y0)
 
 
-def u_reversible_by_hand(terms, tableau, num_steps):
+def make_increment(terms, tableau, h):
     # Not the stage that only an error estimate needs.
     stages = tableau.num_stages - (1 if tableau.fsal else 0)
-    h = 1 / num_steps
 
     def increment(t, y, p, control, sign):
         ks = []
@@ -185,6 +190,37 @@ def u_reversible_by_hand(terms, tableau, num_steps):
                     yi = yi + sign * a.item() * k
             ks.append(terms.vf_prod(t + sign * c * h, yi, p, control))
         return sum(sign * b.item() * k for b, k in zip(tableau.b_sol, ks) if b != 0)
+
+    return increment
+
+
+def recomputed_by_hand(terms, tableau, num_steps, length=32):
+    """By JAX's own derivative of two nested loops: of which the outer one stores the
+    state at every `length`th step, and the inner one at every step."""
+    h = 1 / num_steps
+    increment = make_increment(terms, tableau, h)
+
+    def solve(y0, p):
+        def step(y, i):
+            t0 = jnp.asarray(i * h, y.dtype)
+            control = terms.contr(t0, jnp.asarray((i + 1) * h, y.dtype))
+            y1 = y + increment(t0, y, p, control, 1)
+            return jnp.where(i < num_steps, y1, y), None
+
+        @jax.checkpoint
+        def segment(y, j):
+            numbers = j * length + jnp.arange(length)
+            return jax.lax.scan(jax.checkpoint(step), y, numbers)
+
+        y, _ = jax.lax.scan(segment, y0, jnp.arange(-(-num_steps // length)))
+        return y, None
+
+    return solve
+
+
+def u_reversible_by_hand(terms, tableau, num_steps):
+    h = 1 / num_steps
+    increment = make_increment(terms, tableau, h)
 
     def times(i, y):
         return jnp.asarray(i * h, y.dtype), jnp.asarray((i + 1) * h, y.dtype)
@@ -340,6 +376,18 @@ def rows(batch, n):
     for name in ("Van der Pol 20", "heat"):
         problem, options = everyday(name)
         out[f"{name}, Tsit5, PID"] = problem, tsit5, n, options
+    out["Van der Pol 20, Tsit5, PID, vmap 64"] = (
+        *(everyday("Van der Pol 20")[0], tsit5, n),
+        dict(everyday("Van der Pol 20")[1], vmap=batch // 2),
+    )
+    root_finder = diffrax.VeryChord(rtol=1e-6, atol=1e-8)
+    kvaerno5 = diffrax.Kvaerno5(root_finder=root_finder)
+    for name in ("Van der Pol 20", "Robertson", "heat"):
+        problem, options = everyday(name)
+        out[f"{name}, Kvaerno5"] = problem, kvaerno5, n, options
+    additive = dict(sde=True, additive=True)
+    out["MLP, SDE, EulerHeun"] = mlp(), diffrax.EulerHeun(), n, dict(sde=True)
+    out["MLP, SDE, ShARK"] = mlp(), diffrax.ShARK(), few, additive
     out["MLP, ReversibleHeun"] = mlp(), reversible_heun, n, {}
     out["Lotka--Volterra, ReversibleHeun"] = lotka_volterra(), reversible_heun, n, {}
     for name, problem in (("MLP", mlp()), ("Lotka--Volterra", lotka_volterra())):
@@ -347,43 +395,56 @@ def rows(batch, n):
     return out
 
 
+COLUMNS = ("default", "as it is", "by hand", "undone", "by hand, undone")
+
+
 def measure(problem, base, num_steps, options, repeats):
-    """Times of the columns in seconds, and bytes: default, ours, by hand."""
+    """Times of those columns that there are in seconds, and bytes."""
     options = dict(options)
     differentiate = not options.pop("solve", False)
+    is_explicit = isinstance(base, diffrax.AbstractERK)
     is_reversible = isinstance(base, ReversibleHeun)
-    solver = base if is_reversible else UReversible(base)
-    losses = [
-        loss_of(problem, base, DEFAULT, num_steps, **options),
-        loss_of(problem, solver, OURS, num_steps, **options),
-    ]
-    if options.keys() <= {"vmap", "sde"}:
-        losses.append(by_hand(problem, base, num_steps, **options))
-    both = [compile_gradient(*loss, differentiate)[:2] for loss in losses]
-    times = list(medians([run for run, _ in both], repeats))
-    sizes = [temporary_bytes(compiled) for _, compiled in both]
-    return times + [np.nan] * (3 - len(times)), sizes[:2]
+    losses = {"default": loss_of(problem, base, DEFAULT, num_steps, **options)}
+    if not is_reversible:
+        losses["as it is"] = loss_of(problem, base, OURS, num_steps, **options)
+    if is_explicit or is_reversible:
+        solver = base if is_reversible else UReversible(base)
+        losses["undone"] = loss_of(problem, solver, OURS, num_steps, **options)
+        if options.keys() <= {"vmap", "sde"}:
+            arguments = (problem, base, num_steps)
+            if not is_reversible:
+                losses["by hand"] = by_hand(*arguments, False, **options)
+            losses["by hand, undone"] = by_hand(*arguments, True, **options)
+    both = {k: compile_gradient(*x, differentiate)[:2] for k, x in losses.items()}
+    times = medians([run for run, _ in both.values()], repeats)
+    sizes = [temporary_bytes(compiled) for _, compiled in both.values()]
+    return dict(zip(both, times)), dict(zip(both, sizes))
 
 
 def plot(table, filename):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.25 * len(table) + 1.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    ratios = [times[1] / times[0] for times, _ in table.values()]
-    by_hand = [times[2] / times[0] for times, _ in table.values()]
-    left.barh(np.arange(len(table)), ratios, 0.6, label="ReversibleAdjoint")
-    left.plot(by_hand, np.arange(len(table)), "k|", label="written by hand")
-    left.set_xlabel("time")
-    left.legend()
-    right.barh(
-        np.arange(len(table)), [sizes[1] / sizes[0] for _, sizes in table.values()], 0.6
-    )
-    right.set_xlabel("memory")
-    for ax in (left, right):
+    figure = Figure(figsize=(9, 0.35 * len(table) + 1.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(table))
+    for i, (ax, label) in enumerate(zip(axes, ("time", "memory"))):
+        for k, column in enumerate(("as it is", "undone")):
+            color = ("tab:green", "tab:blue")[k]
+            ratios = [
+                row[i].get(column, np.nan) / row[i]["default"] for row in table.values()
+            ]
+            hand = "by hand" if k == 0 else "by hand, undone"
+            by_hand = [
+                row[i].get(hand, np.nan) / row[i]["default"] for row in table.values()
+            ]
+            height = places + 0.35 * k
+            ax.barh(height, ratios, 0.3, color=color, label=column)
+            ax.plot(by_hand, height, "|", color="k", label=hand)
+        ax.set_xlabel(label)
         ax.axvline(1, color="tab:gray", lw=1)
-    left.set_yticks(range(len(table)), list(table))
-    left.invert_yaxis()
+    axes[0].legend()
+    axes[0].set_yticks(places + 0.17, list(table))
+    axes[0].invert_yaxis()
     figure.suptitle("relative to RecursiveCheckpointAdjoint", fontsize=10)
     figure.savefig(filename)
 
@@ -402,15 +463,20 @@ def main(argv=None):
     if args.rows is not None:
         wanted = {k: v for k, v in wanted.items() if any(w in k for w in args.rows)}
 
-    print("| gradient of | default, ms | ours | by hand | default, kB | ours, kB |")
-    print("|---|---|---|---|---|---|")
+    print("Time, and memory in brackets: of the default in ms and kB, else as ratios.")
+    print(f"JAX {jax.__version__}, diffrax {diffrax.__version__}.\n")
+    print(f"| gradient of | {' | '.join(COLUMNS)} |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
     table = {}
     for name, (problem, base, num_steps, options) in wanted.items():
         times, sizes = measure(problem, base, num_steps, options, repeats)
         table[name] = times, sizes
-        ratios = [f"{x / times[0]:.2f}" if x == x else "" for x in times[1:]]
-        kilobytes = [f"{x / 1e3:.3g}" if x < 1e6 else f"{x / 1e3:.0f}" for x in sizes]
-        cells = [name, f"{1e3 * times[0]:.1f}", *ratios, *kilobytes]
+        own, num_bytes = times["default"], sizes["default"]
+        cells = [name, f"{1e3 * own:.3g} ({num_bytes / 1e3:.3g})"]
+        for x in COLUMNS[1:]:
+            has = x in times
+            ratios = f"{times[x] / own:.2f} ({sizes[x] / num_bytes:.2g})" if has else ""
+            cells.append(ratios)
         print("| " + " | ".join(cells) + " |", flush=True)
     if args.output is not None:
         plot(table, args.output)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.drift import distance
-from ._adjoint.plan import make_forward
+from ._adjoint.plan import made_jump_example, make_forward
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.steps import Window
 from ._adjoint.verify import tolerance
@@ -289,9 +289,8 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         def make(checkpoints, checkpoint_every):
             return make_forward(
                 solver,
-                stepsize_controller,
                 init_state,
-                args,
+                made_jump_example(stepsize_controller, init_state, args),
                 max_steps,
                 checkpoints,
                 checkpoint_every,

@@ -60,26 +60,25 @@ register_reversible(
 )
 
 
-def to_reversible(
-    solver: diffrax.AbstractSolver,
-    user: Literal["ReversibleAdjoint", "diagnose", "reverse_solve"] = (
-        "ReversibleAdjoint"
-    ),
-) -> AbstractReversibleSolver:
+def as_reversible(solver: diffrax.AbstractSolver) -> AbstractReversibleSolver | None:
+    """The solver that undoes its steps, if there is one."""
     # Not `isinstance`, which looks through wrappers such as `HalfSolver`.
     if issubclass(type(solver), AbstractReversibleSolver):
         return solver  # pyright: ignore[reportReturnType]
     if type(solver) in _registry:
         return _registry[type(solver)](solver)
-    name, instead = user, instead_of(solver)
-    if user == "ReversibleAdjoint":
-        name = "adjoint=ReversibleAdjoint()"
-        remedy = (
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`, which accepts any solver"
-        )
-        if instead is not None:
-            remedy = f"`solver={instead}`, or {remedy}"
-    elif user == "reverse_solve":
+    return None
+
+
+def to_reversible(
+    solver: diffrax.AbstractSolver, user: Literal["diagnose", "reverse_solve"]
+) -> AbstractReversibleSolver:
+    """The same, for what needs one."""
+    reversible = as_reversible(solver)
+    if reversible is not None:
+        return reversible
+    instead = instead_of(solver)
+    if user == "reverse_solve":
         if instead in (None, "ABOBA()"):
             instead = "UReversible(diffrax.Heun())"
         if instead.startswith("UReversible"):
@@ -89,6 +88,6 @@ def to_reversible(
     else:
         remedy = f"`{instead or 'UReversible(diffrax.Tsit5())'}`"
     raise ValueError(
-        f"`{name}` needs a reversible solver, and `{spelling(solver)}` is not one. Use "
-        f"{remedy}.{note_on_sdes(solver)}"
+        f"`{user}` undoes steps: it needs a reversible solver, which "
+        f"`{spelling(solver)}` is not. Use {remedy}.{note_on_sdes(solver)}"
     )

@@ -11,7 +11,8 @@ from .._compat import (
     RealScalarLike,
     Terms,
 )
-from .._registry import to_reversible
+from .._registry import as_reversible
+from .recomputed import make_recomputed
 from .rule import inner_loop, outer_while_loop, with_arrays
 
 
@@ -177,7 +178,12 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 "`diffrax.UnsafeBrownianPath`, which cannot be queried again on the "
                 "backward pass. Use `diffrax.VirtualBrownianTree`."
             )
-        solver = to_reversible(solver)
+        reversible, recomputed = as_reversible(solver), None
+        if reversible is None:
+            recomputed = make_recomputed(solver)
+            solver = recomputed.solver
+        else:
+            solver = reversible
         init_state = with_arrays(init_state)
         num_checkpoints = []
         bare_loop = ft.partial(
@@ -205,6 +211,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             sum_over_batch=self.sum_over_batch,
             throw=throw,
             num_checkpoints=num_checkpoints,
+            recomputed=recomputed,
         )
         final_state, stats = host_loop(
             args=args,

@@ -17,6 +17,7 @@ from .check import check
 from .functions import Functions
 from .linear import Marked
 from .problem import Derivative, Inputs, Problem, put
+from .segments import Segments, walk
 from .undo import Undo
 from .way_back import WayBack
 
@@ -70,18 +71,21 @@ def walk_back(
         at_steps=derivative.at_steps,
         watches=watches and not derivative.at_steps.is_known,
     )
-    way_back = WayBack(
-        fns=fns,
-        undo=undo,
-        forward=forward,
-        init_state=init_state,
-        ends=ends,
-        record=record,
-        checkpoint_every=derivative.checkpoint_every,
-        rerun=ft.partial(hoisted.call, "rerun", consts, times),
-        rebuilds=rebuilds,
-    )
-    progress = way_back.walk()
+    rerun = ft.partial(hoisted.call, "rerun", consts, times)
+    if isinstance(forward, Segments):
+        progress = walk(forward, undo, init_state, ends, record, rerun, rebuilds)
+    else:
+        progress = WayBack(
+            fns=fns,
+            undo=undo,
+            forward=forward,
+            init_state=init_state,
+            ends=ends,
+            record=record,
+            checkpoint_every=derivative.checkpoint_every,
+            rerun=rerun,
+            rebuilds=rebuilds,
+        ).walk()
     carry = progress.carry
     (grad_y0, grad_solver_state0, grad_times), grad_consts = check(
         (carry.grad_y1, carry.grad_solver_state, carry.grad_times),

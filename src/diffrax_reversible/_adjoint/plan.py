@@ -1,7 +1,7 @@
 """How much memory is given to what: the number of slots, and of steps in the record."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,27 +10,23 @@ from jaxtyping import PyTree
 
 from .._method.base import AbstractReversibleSolver
 from .forward import Forward
+from .recomputed import StepPullback
+from .segments import Segments
 from .steps import BLOCK, Format
 
 
 # The most there are, and how many with `max_steps=None`; and so for steps.
 _SLOTS = 32
 _WINDOW = 2**16
+# The checkpoints that the memory of a solve without a bound is compared with.
+_NO_BOUND = 64
 # A record of fewer bytes than this is never too long. (So that of `UReversible` is not,
 # with the host's default for `max_steps`.)
 _FEW_BYTES = 3 * 2**14
 
 
-def make_forward(
-    solver: AbstractReversibleSolver,
-    stepsize_controller,
-    init_state,
-    args,
-    max_steps: int | None,
-    checkpoints: int | Literal["auto"],
-    checkpoint_every: int | None,
-    records_all: bool = False,
-) -> Forward:
+def made_jump_example(stepsize_controller, init_state, args) -> Any:
+    """`False` if no step of a solve follows a jump, or else a boolean array."""
     # The host keeps `made_jump` a Python `False` if the controller never reports a
     # jump, so we find that out as it does.
     _, _, _, made_jump, _, _ = eqx.filter_eval_shape(
@@ -44,10 +40,43 @@ def make_forward(
         1.0,
         init_state.controller_state,
     )
-    example = False
-    if made_jump is not False or init_state.made_jump is not False:
-        example = jnp.asarray(init_state.made_jump)
+    if made_jump is False and init_state.made_jump is False:
+        return False
+    return jnp.asarray(init_state.made_jump)
 
+
+def make_segments(
+    pullback: StepPullback,
+    init_state,
+    made_jump: Any,
+    max_steps: int | None,
+    checkpoints: int | Literal["auto"],
+) -> Segments:
+    """As many states as fit into the memory of the default adjoint."""
+    if checkpoints != "auto":
+        # Some of them in the segment at hand.
+        num_slots = checkpoints // 2
+        return Segments(pullback, made_jump, num_slots, max(checkpoints - num_slots, 1))
+    host = _NO_BOUND if max_steps is None else max(_num_checkpoints(max_steps), 1)
+    of_host = _num_bytes((init_state.y, init_state.solver_state))
+    own = _num_bytes((init_state.y, pullback.stored(init_state.solver_state)))
+    num = max(host * of_host // max(own, 1), 2)
+    # More would be of no use, with which each step is recomputed once.
+    enough = num if max_steps is None else math.ceil(math.sqrt(max_steps))
+    length = min(num // 2, enough)
+    num_slots = min(num - length, enough)
+    return Segments(pullback, made_jump, num_slots, length)
+
+
+def make_forward(
+    solver: AbstractReversibleSolver,
+    init_state,
+    example: Any,
+    max_steps: int | None,
+    checkpoints: int | Literal["auto"],
+    checkpoint_every: int | None,
+    records_all: bool = False,
+) -> Forward:
     num_slots = _num_slots(max_steps) if checkpoints == "auto" else checkpoints
     if max_steps is None:
         length, is_window = _WINDOW, True

@@ -14,6 +14,7 @@ from . import times as times_
 from .forward import Ends, Forward, Record
 from .hoist import Hoisted
 from .pullback import AbstractPullback
+from .segments import Segments
 
 
 class Inputs(NamedTuple):
@@ -30,7 +31,7 @@ class Derivative(NamedTuple):
     hoisted: Hoisted
     # How many of the constants are those of functions of single steps.
     num_local: int
-    forward: Forward
+    forward: Forward | Segments
     pullback: AbstractPullback
     at_steps: times_.AtSteps
     checkpoint_every: int | None

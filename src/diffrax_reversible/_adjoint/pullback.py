@@ -12,6 +12,7 @@ import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -78,7 +79,7 @@ class Rebuilt(NamedTuple):
 
 
 class AbstractPullback(abc.ABC):
-    solver: AbstractReversibleSolver
+    solver: diffrax.AbstractSolver
     # What can stand in for this one, with the same functions, where it is not enough.
     fallback: "AbstractPullback | None" = None
 
@@ -97,6 +98,15 @@ class AbstractPullback(abc.ABC):
         """What is a constant in the solver state at the end of a solve is one."""
         del y
         return solver_state
+
+    def start(
+        self, fns: Functions, t1: Array, y1: PyTree, grad_solver_state, num_steps: Array
+    ) -> tuple[dict[int, Any], list[Array], PyTree, PyTree]:
+        """What becomes of the gradient of the solver state at the end of a solve:
+        gradients of constants, of `t1` (if it varies) and of `y1`, or `None`; and what
+        is left of it."""
+        del fns, t1, y1, num_steps
+        return {}, [], None, grad_solver_state
 
     @abc.abstractmethod
     def prime(self, fns: Functions, t1, y1, solver_state) -> PyTree:

@@ -18,7 +18,7 @@ from .derivative import differentiate
 from .forward import Record
 from .guard import without_tangents
 from .hoist import Hoister
-from .plan import make_forward
+from .plan import made_jump_example, make_forward, make_segments
 from .problem import Derivative, Inputs
 from .pullback import Step
 
@@ -65,23 +65,34 @@ def outer_while_loop(
     sum_over_batch,
     throw,
     num_checkpoints,
+    recomputed,
 ):
     """The host's loop over steps, with our rule for differentiating it.
 
     `solver.init`, saving at `t0` and `t1`, locating an event, and all else that the
     host does before and after, lies outside this function and is differentiated by JAX.
     """
-    init_state = without_tangents(with_arrays(init_state))
-    forward = make_forward(
-        solver,
-        stepsize_controller,
-        init_state,
-        args,
-        max_steps,
-        checkpoints,
-        checkpoint_every,
-    )
-    made_jump = forward.format.made_jump
+    init_state = with_arrays(init_state)
+    initial_solver_state = init_state.solver_state
+    if recomputed is not None:
+        # (Otherwise differentiated by JAX.)
+        solver_state = recomputed.prepare(terms, args, init_state)
+        init_state = replace(init_state, solver_state=solver_state)
+    init_state = without_tangents(init_state)
+    made_jump = made_jump_example(stepsize_controller, init_state, args)
+    if recomputed is None:
+        pullback = make_pullback(solver, init_state.solver_state, made_jump)
+        forward = make_forward(
+            solver,
+            init_state,
+            made_jump,
+            max_steps,
+            checkpoints,
+            checkpoint_every,
+        )
+    else:
+        pullback = recomputed
+        forward = make_segments(pullback, init_state, made_jump, max_steps, checkpoints)
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     *told, unknown = times_.controller_times(stepsize_controller)
     at_steps = times_.AtSteps.of(
@@ -108,7 +119,6 @@ def outer_while_loop(
 
     # What the rule needs, as functions whose constants are explicit.
     hoister = Hoister()
-    pullback = make_pullback(solver, init_state.solver_state, made_jump)
     step = Step(
         init_state.tprev,
         init_state.tnext,
@@ -117,12 +127,36 @@ def outer_while_loop(
         made_jump,
     )
     pullback.add_functions(hoister, terms, args, step)
-    verify.add_functions(hoister, solver, terms, args, step)
+    if recomputed is None:
+        verify.add_functions(hoister, solver, terms, args, step)
     for i, sub in enumerate(subs):
         save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts
     hoister.add("run", run, init_state, times, jnp.array(True))
-    if forward.format.is_window:
+    if recomputed is not None:
+        bare_cond, bare_body, bare_buffers = bare_loop()
+        bare_state = without_saving(init_state)
+
+        def refill(times, number, stored, stop, slots, stride, starts):
+            state = forward.resumed(terms, args, bare_state, number, stored)
+            return forward.fill(
+                bare_cond,
+                _located(times, bare_body),
+                state,
+                buffers=bare_buffers,
+                t_last=stored.t_last,
+                stop=stop,
+                slots=slots,
+                stride=stride,
+                starts=starts,
+            )
+
+        zero, stored = jnp.array(0), forward.stored(init_state, init_state.tprev)
+        slots = forward.empty_slots(init_state)
+        starts = forward.empty_starts(init_state)
+        example = (times, zero, stored, zero, slots, zero + 1, starts)
+        hoister.add("rerun", refill, *example)
+    elif forward.format.is_window:
         bare_cond, bare_body, bare_buffers = bare_loop()
         bare_state = without_saving(init_state)
 
@@ -160,6 +194,10 @@ def outer_while_loop(
     final_state, record = _loop(inputs, derivative=derivative, records=False)
     # Handed to `loop` past the host, which calls this.
     num_checkpoints.append(record.num_wanted)
+    solver_state = pullback.stop_recorded(final_state.y, final_state.solver_state)
+    if recomputed is not None:
+        n = final_state.num_accepted_steps
+        solver_state = recomputed.finish(initial_solver_state, solver_state, n)
     # The locations of the steps are constants, and what else depends on them alone; and
     # the host makes nothing of the last values of event functions but comparisons.
     controller_state = stop_gradient(final_state.controller_state)
@@ -173,7 +211,7 @@ def outer_while_loop(
         controller_state=controller_state,
         progress_meter_state=stop_gradient(final_state.progress_meter_state),
         event_values=stop_gradient(final_state.event_values),
-        solver_state=pullback.stop_recorded(final_state.y, final_state.solver_state),
+        solver_state=solver_state,
     )
 
 

@@ -71,7 +71,7 @@ class Undo:
         *,
         fns: Functions,
         pullback: AbstractPullback,
-        format: Format,
+        format: Format | None,
         ends: Ends,
         grad_final_state,
         times: times_.Times,
@@ -137,6 +137,14 @@ class Undo:
             ends_so = times_.ends_where_chosen(self._times, ends)
             loses_time = ends_so & is_nonzero((of_end, of_event))
         fns = self._fns
+        grad_y1 = materialise(grad.y, eqx.filter(y, eqx.is_inexact_array))
+        new_consts, new_t1, new_y1, grad_solver_state = self._pullback.start(
+            fns, t1, y, grad.solver_state, ends.num_steps
+        )
+        grad_consts = fns.zero_consts(save.function_names(fns.hoisted))
+        save.accumulate(grad_consts, new_consts)
+        for g in new_t1:
+            grad_times = self._add_time(grad_times, t1, g, jnp.array(False))
         return Carry(
             num_steps=ends.num_steps,
             t1=t1,
@@ -146,11 +154,11 @@ class Undo:
             y_seen=y,
             pullback=self._pullback.prime(fns, t1, y, solver_state),
             saved=ends.saved,
-            grad_y1=materialise(grad.y, eqx.filter(y, eqx.is_inexact_array)),
+            grad_y1=tree_add(grad_y1, new_y1),
             grad_solver_state=materialise(
-                grad.solver_state, eqx.filter(solver_state, eqx.is_inexact_array)
+                grad_solver_state, eqx.filter(solver_state, eqx.is_inexact_array)
             ),
-            grad_consts=fns.zero_consts(save.function_names(fns.hoisted)),
+            grad_consts=grad_consts,
             grad_times=grad_times,
             node=self._last_node(t1),
             loses_time=loses_time,
@@ -205,6 +213,18 @@ class Undo:
             eqxi.unvmap_any(active & ~segment.is_single),
             *_keep(active, start, (step.y1, step.solver_state)),
         )
+        return self.pull(carry, number, t_prev, step, start, active)
+
+    def pull(
+        self,
+        carry: Carry,
+        number: Array,
+        t_prev: Array,
+        step: Step,
+        start: Start,
+        active: Array,
+    ) -> Carry:
+        """Pulls the gradient back through a step, and through what was saved in it."""
         rebuilt = self._pullback.rebuild(
             self._fns, carry.pullback, step, start, self._want_dense_info
         )

@@ -46,6 +46,12 @@ def is_implicit(solver: Any) -> bool:
     return issubclass(type(solver), diffrax.AbstractImplicitSolver)
 
 
+def is_given_by_tableau(solver: Any) -> bool:
+    """Whether it is an explicit Runge--Kutta solver, for ODEs, all of which is in its
+    tableau."""
+    return not is_srk(solver) and _why_not_given_by_tableau(solver) is None
+
+
 def instead_of(solver: Any) -> str | None:
     """What to use in place of a solver that is not reversible. `None` if nothing here
     can take its place."""
@@ -95,12 +101,13 @@ def check_base(solver: Any) -> None:
         )
     why_not = _why_not_given_by_tableau(solver)
     if why_not is not None:
-        instead = instead_of(solver)
-        if instead is None:
-            instead = f"adjoint=diffrax.RecursiveCheckpointAdjoint()` with `{name}()"
+        instead, remedy = instead_of(solver), ""
+        if instead is not None:
+            remedy = f"; or, if its steps are to be undone, `{instead}`"
         raise ValueError(
             f"`UReversible({name}())` is not supported, as `{name}` {why_not}. Use "
-            f"`{instead}`.{note_on_sdes(solver)}"
+            f"`solver={name}()` as it is, with `adjoint=ReversibleAdjoint()`{remedy}."
+            f"{note_on_sdes(solver)}"
         )
     if not is_srk(solver):
         has_own_interpolation(cast(diffrax.AbstractERK, solver))

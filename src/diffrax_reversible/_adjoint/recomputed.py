@@ -1,0 +1,212 @@
+"""Pulling a gradient back through a step that is not undone, as its start is recomputed
+or was stored. This is the one place where it matters what kind of solver that is.
+
+A solver has two forms here: one for the loop over steps, and one that is
+differentiated. What the loop carries and does not have to be stored is made again.
+"""
+
+import functools as ft
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._jax_compat import eqxi
+from .._method.explicit_rk import NOT_THERE
+from .._solver.bases import is_given_by_tableau
+from .._solver.unrolled import Unrolled
+from .pullback import AbstractPullback, Grads, Rebuilt
+
+
+class StepPullback(AbstractPullback):
+    """Of any solver: by the VJP of its own `step`."""
+
+    # That of the loop. It is differentiated in forward mode at most.
+    solver: diffrax.AbstractSolver
+
+    def __init__(self, solver: diffrax.AbstractSolver):
+        self.solver = _with_stages(solver, "lax")
+        self._differentiated = _with_stages(solver, "bounded")
+
+    def prepare(self, terms, args, state) -> PyTree:
+        """The solver state from which the loop is to start, from the host's state. (It
+        is outside of what we differentiate.)
+
+        At the first step a Runge--Kutta solver of diffrax has no slope yet, and then it
+        evaluates that of all elements of a batch. On the backward pass these come to
+        their first steps one by one. So it is evaluated here."""
+        if not self._has_slope(state.solver_state):
+            return state.solver_state
+        first_step, f0 = state.solver_state
+        t0, y0 = state.tprev, state.y
+        f0 = lax.cond(
+            eqxi.unvmap_any(first_step),
+            lambda: _where(first_step, self.solver.func(terms, t0, y0, args), f0),
+            lambda: f0,
+        )
+        return jnp.zeros_like(first_step), f0
+
+    def _has_slope(self, solver_state: PyTree) -> bool:
+        host = diffrax.AbstractRungeKutta
+        has_init = getattr(type(self._differentiated), "init", None) is host.init
+        return has_init and solver_state is not None
+
+    def finish(self, initial: PyTree, final: PyTree, num_steps: Array) -> PyTree:
+        """The solver state that the host would have at the end, from that before
+        `prepare` and that at the end of the loop."""
+        if self._has_slope(initial):
+            return _where(num_steps == 0, initial, final)
+        return final
+
+    def stored(self, solver_state: PyTree) -> PyTree:
+        """What has to be stored of a solver state."""
+        return solver_state
+
+    def resumed(self, terms, args, t, y, stored, initial, is_start) -> PyTree:
+        """The solver state from which the loop can go on. `initial` is that at the
+        start of the solve, which this is if `is_start`."""
+        del terms, args, t, y, initial, is_start
+        return stored
+
+    def of_step(self, stored: PyTree, initial: PyTree, is_start: Array) -> PyTree:
+        """The solver state of which a step is differentiated as a function."""
+        del initial, is_start
+        return stored
+
+    def add_functions(self, hoister, terms, args, step):
+        for dense in (False, True):
+            fn = ft.partial(self._step, terms, args, dense)
+            state = self.of_step(
+                self.stored(step.solver_state), step.solver_state, jnp.array(True)
+            )
+            example = (step.made_jump, step.t0, step.t1, step.y1, state)
+            hoister.add(_name(dense), fn, *example)
+
+    def _step(self, terms, args, dense, made_jump, t0, t1, y0, solver_state):
+        y1, _, dense_info, solver_state, _ = self._differentiated.step(
+            terms, t0, t1, y0, args, solver_state, made_jump
+        )
+        return y1, solver_state, dense_info if dense else None
+
+    def prime(self, fns, t1, y1, solver_state):
+        return None
+
+    def rebuild(self, fns, carry, step, start, want_dense_info):
+        times = (step.t0, step.t1)
+        constant, varying = fns.split_times((step.made_jump,), times)
+        (_, _, dense_info), pull_step = fns.vjp(
+            _name(want_dense_info), constant, (*varying, start.y, start.solver_state)
+        )
+
+        def pull(grad_y1, grad_solver_state1, grad_dense_info):
+            grad_consts, (*grad_times, grad_y0, grad_solver_state0) = pull_step(
+                (grad_y1, self._grad_out(grad_solver_state1), grad_dense_info)
+            )
+            grad_t0, grad_t1 = grad_times if fns.times_vary else (None, None)
+            return (
+                Grads(grad_consts, grad_y0, grad_solver_state0, grad_t0, grad_t1),
+                carry,
+            )
+
+        return Rebuilt(start.y, start.solver_state, dense_info, pull)
+
+    def _grad_out(self, grad_solver_state1: PyTree) -> PyTree:
+        return grad_solver_state1
+
+
+def _name(dense: bool) -> str:
+    return "step_dense" if dense else "step"
+
+
+def _with_stages(solver: Any, kind: str) -> Any:
+    """With a loop over stages of this kind, unless the user has chosen another."""
+    hosts = (diffrax.AbstractRungeKutta, diffrax.AbstractSRK)
+    # (Not `isinstance`, which looks through wrappers.)
+    has_stages = lambda x: issubclass(type(x), hosts)
+
+    def choose(x):
+        if has_stages(x) and x.scan_kind is None:
+            return eqx.tree_at(
+                lambda s: s.scan_kind, x, kind, is_leaf=lambda k: k is None
+            )
+        return x
+
+    return jtu.tree_map(choose, solver, is_leaf=has_stages)
+
+
+class ExplicitPullback(StepPullback):
+    """Of an explicit Runge--Kutta solver that is given by its tableau: with the stages
+    unrolled.
+
+    Its state is the slope at the start of a step, if it is first-same-as-last. That is
+    a function of `y`, so it is not stored. But at the start of a solve it may be given,
+    and be another.
+    """
+
+    def __init__(self, solver: diffrax.AbstractERK):
+        self.solver = Unrolled(solver)
+        self._differentiated = solver
+
+    def stored(self, solver_state):
+        del solver_state
+        return None
+
+    def resumed(self, terms, args, t, y, stored, initial, is_start):
+        del stored
+        if initial is None:
+            return None
+        no, f0 = initial
+        return no, _where(is_start, f0, terms.vf(t, y, args))
+
+    def of_step(self, stored, initial, is_start):
+        del stored
+        if initial is None:
+            return None
+        _, f0 = initial
+        return is_start, f0
+
+    def _step(self, terms, args, dense, made_jump, t0, t1, y0, solver_state):
+        f0 = NOT_THERE
+        if solver_state is not None:
+            is_given, f0 = solver_state
+            if made_jump is not False:
+                is_given = is_given & ~made_jump
+            f0 = _where(is_given, f0, terms.vf(t0, y0, args))
+        y1, _, dense_info, _ = self.solver.make(terms, t0, t1, y0, args, f0)
+        return y1, None, dense_info if dense else None
+
+    def add_functions(self, hoister, terms, args, step):
+        super().add_functions(hoister, terms, args, step)
+        if step.solver_state is not None:
+            slope = lambda t, y: terms.vf(t, y, args)
+            hoister.add("slope", slope, step.t0, step.y1)
+
+    def start(self, fns, t1, y1, grad_solver_state, num_steps):
+        # The slope at the end is a function of `y` there, if there was a step.
+        if grad_solver_state is None:
+            return super().start(fns, t1, y1, grad_solver_state, num_steps)
+        is_end = num_steps > 0
+        nothing, grad_f = grad_solver_state
+        zeros = jtu.tree_map(jnp.zeros_like, grad_f)
+        constant, varying = fns.split_times((), (t1,))
+        _, pull = fns.vjp("slope", constant, (*varying, y1))
+        grad_consts, (*grad_t1, grad_y1) = pull(_where(is_end, grad_f, zeros))
+        grad_solver_state = nothing, _where(is_end, zeros, grad_f)
+        return grad_consts, grad_t1, grad_y1, grad_solver_state
+
+    def _grad_out(self, grad_solver_state1):
+        return None
+
+
+def _where(pred, a: PyTree, b: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), a, b)
+
+
+def make_recomputed(solver: diffrax.AbstractSolver) -> StepPullback:
+    if is_given_by_tableau(solver):
+        return ExplicitPullback(solver)  # pyright: ignore[reportArgumentType]
+    return StepPullback(solver)
