@@ -20,14 +20,23 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+# Which compile nothing.
+_CHEAP = {"test_citation.py", "test_compat.py", "test_errors.py"}
+# Of all other tests each such case runs by default, beginning with the first.
+_ONE_IN = 4
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    # Of the cases of a test with `@pytest.mark.one_in(n)` each `n`th runs by default.
+    # (`@pytest.mark.one_in(n)` takes the place of `_ONE_IN`.)
     counts = collections.Counter()
     for item in items:
+        test = (item.path, getattr(item, "originalname", item.name))
         marker = item.get_closest_marker("one_in")
         if marker is not None:
-            test = (item.path, item.originalname)
-            if counts[test] % marker.args[0] != 0:
-                item.add_marker(pytest.mark.exhaustive)
-            counts[test] += 1
+            n = marker.args[0]
+        else:
+            n = 1 if item.path.name in _CHEAP else _ONE_IN
+        if counts[test] % n != 0:
+            item.add_marker(pytest.mark.exhaustive)
+        counts[test] += 1

@@ -166,7 +166,6 @@ def _shared_loss(kind, solver, sum_over_batch, w, t1, x):
     ],
     ids=["y", "ts", "steps", "dense", "controlled", "generic"],
 )
-@pytest.mark.one_in(2)
 def test_what_the_batch_shares(kind, solver, used):
     def loss(sum_over_batch, w, t1, x):
         out = _shared_loss(kind, solver, sum_over_batch, w, t1, x)
@@ -390,6 +389,7 @@ def test_without_jit(table):
     assert relative_difference(ours, expected) < TOL
 
 
+@pytest.mark.exhaustive
 def test_second_derivatives():
     # The products of the Hessian of a sum are the sum of those of Hessians.
     tangents = (jnp.cos(W), jnp.zeros_like(Y0), jnp.zeros_like(S))
@@ -463,6 +463,7 @@ def test_unsaved_places():
     assert relative_difference(summed, expected) < TOL
 
 
+@pytest.mark.exhaustive
 def test_events_and_noise():
     # Each element has its own event, and its own Brownian motion.
     def loss(w, key, level):

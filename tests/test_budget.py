@@ -11,6 +11,9 @@ import pytest
 
 import diffrax_reversible as dfxr
 from diffrax_reversible._adjoint import plan, slots as slots_, verify
+from diffrax_reversible._adjoint.batch import Batch
+from diffrax_reversible._adjoint.functions import Functions
+from diffrax_reversible._adjoint.hoist import Hoister
 from diffrax_reversible._adjoint.slots import Slots
 from diffrax_reversible._diagnose import _made_again
 
@@ -141,7 +144,6 @@ def _gradient(adjoint, max_steps, adaptive, batched):
 
 @pytest.mark.parametrize("window", [None, 96, 512])
 @pytest.mark.parametrize("adaptive,batched", [(False, False), (True, True)])
-@pytest.mark.one_in(2)
 def test_windows_and_slots(window, adaptive, batched, monkeypatch):
     # Short records are made again from the states that are kept, by the host's loop.
     max_steps = 400
@@ -565,11 +567,16 @@ def test_rest_is_no_rest():
 
 def test_what_is_rebuilt_next_to_zero():
     # Of an element that rests there, whatever is next to it.
+    hoister = Hoister()
+    hoister.add("comparable", lambda y, state: (y, state), jnp.zeros(2), None)
+    hoisted, consts = hoister.finish()
+    functions = Functions(hoisted, consts, frozenset(), False, Batch((), ()))
+
     def differs(a, at_rest):
         b, change = jnp.array([1e3, 0.0]), jnp.array([1.0, 0.0])
-        zero = jnp.array(0.0)
-        found = verify.Found(zero, zero, (a, b), (a, b), b, jnp.array(at_rest))
-        return verify._states_differ(1e-8, found, change, jnp.array(True))
+        zero, rests = jnp.array(0.0), jnp.array(at_rest)
+        found = verify.Found(zero, zero, (a, None), (b, None), (b, None), rests)
+        return found.differs(functions, change, jnp.array(True))
 
     assert differs(jnp.array([1e3, 1e-17]), True)
     assert not differs(jnp.array([1e3, 0.0]), True)
@@ -713,7 +720,7 @@ def test_max_steps_costs_nothing():
 
 
 def test_memory_of_forward_mode():
-    # That of a solve, which has a record too.
+    # That of a solve, which has a record too, and as much again for the tangents.
     def solve(y0):
         adjoint = dfxr.ReversibleAdjoint()
         term = diffrax.ODETerm(lambda t, y, args: jnp.sin(y))
@@ -725,7 +732,7 @@ def test_memory_of_forward_mode():
         jax.jit(fn).lower(jnp.ones(1000)).compile().memory_analysis().temp_size_in_bytes
         for fn in (solve, lambda y0: jax.jvp(solve, (y0,), (y0,)))
     ]
-    assert size[1] < 2 * size[0]
+    assert size[1] < 2.2 * size[0]
 
 
 def test_number_of_slots():

@@ -17,6 +17,7 @@ from diffrax_reversible._adjoint.check import check
 from diffrax_reversible._solver.asynchronous_leapfrog import _check_damping
 from diffrax_reversible._solver.bases import check_base
 from diffrax_reversible._solver.u_reversible import _check_coupling_parameter
+from diffrax_reversible._solver.unrolled import cast_like
 
 from .helpers import CouplingLeapfrog, GenericLeapfrog
 
@@ -597,6 +598,9 @@ PROVOKED = {
             diffrax.UnsafeBrownianPath((), jax.random.key(0)),
         ),
         y0=jnp.array(1.0),
+    ),
+    "cannot be promoted to that of": lambda: cast_like(
+        jnp.ones(2, jnp.float64), jnp.ones(2, jnp.float32)
     ),
     "marked as converging to the Stratonovich": lambda: _sde(
         dfxr.UReversible(diffrax.Tsit5())

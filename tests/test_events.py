@@ -150,7 +150,6 @@ SAVE_ATS = {
         ("several-boolean-first", "constant", "steps", RK, True),
     ],
 )
-@pytest.mark.one_in(3)
 def test_event(event, controller, save_at, solver, happens):
     def run(adjoint, params):
         return solve(
@@ -193,7 +192,6 @@ def test_nothing_to_differentiate_at_the_event():
 
 @pytest.mark.parametrize("root_finder", [None, NEWTON], ids=["end", "root"])
 @pytest.mark.parametrize("save_at", ["ts-t1", "dense"])
-@pytest.mark.one_in(2)
 def test_no_event_is_no_difference(root_finder, save_at):
     def loss(event, y0):
         params = (y0, *PARAMS[1:])
@@ -208,7 +206,6 @@ def test_no_event_is_no_difference(root_finder, save_at):
 
 @pytest.mark.parametrize("root_finder", [None, NEWTON], ids=["end", "root"])
 @pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
-@pytest.mark.one_in(2)
 def test_before_the_first_step(solver, root_finder):
     # True at the start, so that no step is made.
     event = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 0.5, root_finder)
@@ -238,7 +235,6 @@ def test_before_the_first_step(solver, root_finder):
 
 
 @pytest.mark.parametrize("controller", ["constant", "pid"])
-@pytest.mark.one_in(2)
 def test_in_the_first_step(controller):
     def loss(adjoint, params):
         event = EVENTS["real-newton"](params[2])
@@ -264,7 +260,6 @@ LANDS = lambda t, y, args, **kwargs: y[0]
 
 @pytest.mark.parametrize("t1", [5.0, jnp.inf], ids=["finite", "infinite"])
 @pytest.mark.parametrize("controller", ["constant", "pid"])
-@pytest.mark.one_in(2)
 def test_falling_ball(t1, controller):
     # A method of second order makes no error here, and neither does its interpolation.
     def landing(adjoint, height, gravity, t0):
@@ -301,7 +296,6 @@ def test_falling_ball(t1, controller):
 
 
 @pytest.mark.parametrize("controller", ["constant", "pid"])
-@pytest.mark.one_in(2)
 def test_start_and_event_time(controller):
     # What starts later ends later, by the same.
     def time(t0):
@@ -411,7 +405,6 @@ def test_condition_gets_the_arguments_of_the_solve():
 
 
 @pytest.mark.parametrize("t1", [50.0, jnp.inf], ids=["finite", "infinite"])
-@pytest.mark.one_in(2)
 def test_steady_state(t1):
     def loss(adjoint, params):
         y0, rate, level = params
@@ -471,7 +464,6 @@ def test_discrete_terminating_event():
 
 
 @pytest.mark.parametrize("event", ["real-newton", "boolean"])
-@pytest.mark.one_in(2)
 def test_backwards_in_time(event):
     def loss(adjoint, params):
         y0, args, level = params
@@ -572,7 +564,6 @@ def _batched_loss(kind, save_at, controller, adjoint, y0, k, level, size):
         ("both", "subs", "clip"),
     ],
 )
-@pytest.mark.one_in(3)
 def test_batch_with_some_events(kind, save_at, controller):
     fn = ft.partial(_batched_loss, kind, save_at, controller)
 
@@ -676,7 +667,6 @@ def test_second_derivative_at_an_event():
 
 
 @pytest.mark.parametrize("throw", [True, False])
-@pytest.mark.one_in(2)
 def test_steps_run_out_before_the_event(throw):
     def loss(adjoint, params):
         event = EVENTS["real-newton"](params[2])
@@ -715,7 +705,6 @@ def test_root_finder_fails():
 
 
 @pytest.mark.parametrize("max_steps", [1, 3])
-@pytest.mark.one_in(2)
 def test_last_step_rejected(max_steps):
     # In a batch diffrax interpolates in the last step of an element without an event,
     # though it was rejected: the first of all here, with no accepted step before it.

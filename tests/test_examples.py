@@ -68,6 +68,7 @@ def test_least_squares(run_quick, monkeypatch, capsys):
     assert "birth of hares" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_nuts(run_quick, monkeypatch, capsys):
     # (It takes the data from `hare_lynx.py`.)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -91,6 +92,19 @@ def test_pharmacology(run_quick, capsys):
     assert "smoke test" in capsys.readouterr().out
 
 
+def test_pinene(run_quick, capsys):
+    rates, table = run_quick("pinene.py")
+    (expected, *_), (grad, *_) = table.values()
+    # The same steps, and the same root finder.
+    assert jnp.max(jnp.abs(grad / expected - 1)) < 1e-9
+    assert (
+        jnp.max(jnp.abs(rates / jnp.array([5.9e-5, 3e-5, 2e-5, 2.7e-4, 4e-5]) - 1))
+        < 0.1
+    )
+    assert "published" in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
 def test_neural_ode_float32(run_quick, capsys):
     results = run_quick("neural_ode_float32.py")
     assert results["dtype"] == "float32"
@@ -101,6 +115,7 @@ def test_neural_ode_float32(run_quick, capsys):
     assert "smoke test" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_digits_neural_ode(run_quick):
     results = run_quick("digits_neural_ode.py")
     # By chance it is 0.1.
@@ -113,6 +128,7 @@ def test_digits_neural_ode(run_quick):
             assert seconds > 0
 
 
+@pytest.mark.exhaustive
 def test_planets(run_quick):
     results = run_quick("planets.py")
     assert results["losses"][-1] < 1e-3 * results["losses"][0]
@@ -121,6 +137,7 @@ def test_planets(run_quick):
     assert abs(results["masses"]["Saturn"] - 1) < 0.1
 
 
+@pytest.mark.exhaustive
 def test_continuous_flow(run_quick):
     results = run_quick("continuous_flow.py")
     assert results["loss"] < results["losses"][0]
@@ -129,6 +146,7 @@ def test_continuous_flow(run_quick):
     assert results["difference"] < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_heat_equation(run_quick):
     results = run_quick("heat_equation.py")
     before, after = results["errors"]
@@ -137,6 +155,7 @@ def test_heat_equation(run_quick):
     assert results["difference"] < 1e-8
 
 
+@pytest.mark.exhaustive
 def test_neural_sde(run_quick, capsys):
     results = run_quick("neural_sde.py")
     assert results["neural SDE"] < results["neural SDE, untrained"]
@@ -146,6 +165,7 @@ def test_neural_sde(run_quick, capsys):
     assert "autoregression" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_neural_cde(run_quick, capsys):
     results = run_quick("neural_cde.py")
     assert results["neural CDE"] < results["no change"]
@@ -154,6 +174,7 @@ def test_neural_cde(run_quick, capsys):
     assert "ridge" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_many_devices(tmp_path):
     # Two processes, of two devices each. The gradients are compared there.
     output = tmp_path / "loss.png"

@@ -86,7 +86,6 @@ Y0S = {
 
 
 @pytest.mark.parametrize("name", Y0S)
-@pytest.mark.one_in(3)
 def test_y0(name):
     # Alternating, so that each solver and controller meets all kinds of them.
     i = list(Y0S).index(name)
@@ -127,7 +126,6 @@ def test_gradient_of_integers():
     ],
     ids=["UReversible", "ReversibleHeun", "LeapfrogMidpoint"],
 )
-@pytest.mark.one_in(2)
 def test_complex(solver, controller, save_at):
     def loss(adjoint, params):
         y0, w = params
@@ -142,7 +140,6 @@ def test_complex(solver, controller, save_at):
 
 
 @BOTH
-@pytest.mark.one_in(2)
 def test_leaves_of_different_precision(solver):
     # Times in single precision, or diffrax would make all of `y` of their precision.
     def loss(adjoint, params):
@@ -185,7 +182,6 @@ def _without_x64():
 
 @pytest.mark.parametrize("event", [False, True], ids=["end", "event"])
 @pytest.mark.parametrize("promotion", ["strict", "standard"])
-@pytest.mark.one_in(2)
 def test_single_precision(promotion, event):
     # As JAX is set up by default: without double precision anywhere.
     def loss(adjoint, params):
@@ -278,7 +274,6 @@ def test_nothing_to_solve(y0, name):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("coupling", ["auto", 0.999])
-@pytest.mark.one_in(2)
 def test_half_precision(coupling, dtype):
     # Outside of `jax.jit` a constant in `bfloat16`, as the zero of a coupling, is an
     # array of NumPy's, of no kind that NumPy knows.
@@ -361,7 +356,6 @@ def test_args_with_other_things():
 
 
 @BOTH
-@pytest.mark.one_in(2)
 def test_network(solver):
     # In the vector field as a module, and in a closure, and in `args`.
     k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
@@ -401,7 +395,6 @@ def test_nothing_depends_on_it():
 
 
 @pytest.mark.parametrize("value", [1.0, np.array([1.0, 2.0]), jnp.array([1, 1])])
-@pytest.mark.one_in(3)
 def test_vector_field_of_constants(value):
     # Python's numbers, NumPy's arrays, integers.
     def loss(adjoint, y0):
@@ -437,7 +430,6 @@ class Scaled(diffrax.AbstractTerm):
 
 @BOTH
 @pytest.mark.parametrize("controller", [PID, diffrax.ConstantStepSize()], ids=type)
-@pytest.mark.one_in(2)
 def test_term_of_the_user(solver, controller):
     def loss(adjoint, params):
         y0, rate, other = params
@@ -449,7 +441,6 @@ def test_term_of_the_user(solver, controller):
 
 
 @pytest.mark.parametrize("kind", ["to_ode", "cubic", "solution"])
-@pytest.mark.one_in(2)
 def test_controlled(kind):
     ts = jnp.array([0.0, 0.3, 0.7, 1.0])
 
@@ -479,7 +470,6 @@ def test_controlled(kind):
 
 @pytest.mark.parametrize("kind", ["operator", "diagonal"])
 @BOTH
-@pytest.mark.one_in(2)
 def test_diffusion_as_an_operator(kind, solver):
     shape = (2,)
     # One of them of a kind that has more in it than the solver asks for.
@@ -567,7 +557,6 @@ def _indexed(x):
         _indexed,
     ],
 )
-@pytest.mark.one_in(2)
 def test_what_a_vector_field_may_do(inner):
     solver = HEUN if inner in (_custom, _solves, _gradient) else RK
 
@@ -590,6 +579,7 @@ def test_what_a_vector_field_may_do(inner):
         agree(loss, params)
 
 
+@pytest.mark.exhaustive
 def test_solve_in_a_vector_field():
     # Both of them by us.
     def loss(adjoint, params):
@@ -633,6 +623,7 @@ def test_error_in_a_vector_field():
         jax.block_until_ready(gradient(1.5, jnp.ones(2)))
 
 
+@pytest.mark.exhaustive
 def test_every_solver_takes_a_float():
     # And of a pair of them, for the partitioned ones.
     for name, case in SOLVERS.items():

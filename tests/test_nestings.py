@@ -70,6 +70,7 @@ NAMES = st.lists(st.sampled_from(sorted(WRAPPERS)), min_size=3, max_size=3)
 
 @hypothesis.given(names=NAMES)
 @hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
+@pytest.mark.exhaustive
 def test_nesting(names):
     _check(names)
 

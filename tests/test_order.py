@@ -448,7 +448,6 @@ class _Classical(diffrax.AbstractERK):
     [diffrax.Tsit5(), diffrax.Dopri5(), diffrax.Dopri8(), _Classical()],
     ids=lambda x: type(x).__name__,
 )
-@pytest.mark.one_in(3)
 def test_interpolation_of_the_base(base, coupling_parameter, dtype):
     # If the vector field does not depend on `y` then the stages are those of the
     # wrapped solver, wherever `z` is.
@@ -527,7 +526,6 @@ def test_line_or_cubic_of_the_base(interpolation_cls):
         (_Classical(), 0.9, "cde", "dense"),
     ],
 )
-@pytest.mark.one_in(2)
 def test_gradient_of_interpolation(base, coupling_parameter, kind, saveat):
     from .test_gradient import solve_loss, TOL
 

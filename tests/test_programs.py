@@ -379,7 +379,7 @@ def refuse(fn, wrt):
 # What has been traced stays from one example to the next, so a failure need not happen
 # again in a shorter one.
 Machine.TestCase.settings = hypothesis.settings(
-    max_examples=6,
+    max_examples=3,
     stateful_step_count=10,
     phases=[hypothesis.Phase.generate],
     report_multiple_bugs=False,

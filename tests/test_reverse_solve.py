@@ -80,7 +80,6 @@ def test_round_trip(name):
     assert relative_difference(back.ys, sol.ys) < tol
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_dense(sign):
     problem = (PENDULUM, dfxr.ReversibleHeun(), 0.0, 1.0 * sign, 0.1 * sign)
@@ -105,7 +104,6 @@ def test_dense(sign):
     assert relative_difference(f, PENDULUM.vf(0.0, y0, None)) < tol
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["StormerVerlet", "UReversible-Bosh3-1"])
 def test_kepler(name):
     def kepler(q):
@@ -172,7 +170,6 @@ def test_adaptive_vmap_jit():
         assert relative_difference(back.ys[i, 0], y0[i]) < tol
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "solver", [dfxr.LeapfrogMidpoint(), dfxr.UReversible(diffrax.Heun(), 0.999)]
 )
@@ -219,7 +216,6 @@ def test_no_steps():
     assert back.stats["num_steps"] == 0
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("solver,order", [(dfxr.EES25(), 5), (dfxr.EES27(), 7)])
 def test_near_reversible(solver, order):
     # To their defect.

@@ -66,7 +66,6 @@ def loss_of(adjoint, w, y0, *args, **kwargs):
 @pytest.mark.parametrize(
     "solver,controller", [(RK, PID), (HEUN, CONSTANT)], ids=["UReversible", "Heun"]
 )
-@pytest.mark.one_in(2)
 def test_jacobian(solver, controller):
     # A batch of gradients, of one and the same solve.
     fn = lambda adjoint: lambda w, y0: ys(adjoint, w, y0, solver, controller)
@@ -147,7 +146,6 @@ B = jnp.array([0.3, 1.0, 2.0])
 
 
 @pytest.mark.parametrize("over", ["w", "y0", "times", "solver_state", "none"])
-@pytest.mark.one_in(3)
 def test_batch_over(over):
     # Of one argument, and of a gradient with respect to others; per example.
     def single(w, y0, scale):
@@ -200,7 +198,6 @@ def test_batch_of_batches():
     ],
     ids=["nothing", "everything", "dots"],
 )
-@pytest.mark.one_in(2)
 def test_checkpoint(policy):
     def loss(adjoint, params):
         w, y0 = params
@@ -211,6 +208,7 @@ def test_checkpoint(policy):
     agree(loss, (W, Y0))
 
 
+@pytest.mark.exhaustive
 def test_in_a_branch():
     def loss(adjoint, params):
         w, y0 = params
@@ -265,6 +263,7 @@ def test_training_loop():
     assert ours[1][-1] < 0.8 * ours[1][0]
 
 
+@pytest.mark.exhaustive
 def test_shooting():
     # By Newton's method, whose Jacobians are derivatives in forward mode; and then the
     # derivative of its root, which is one of either mode, with no second derivative.
@@ -295,7 +294,6 @@ def test_shooting():
     ],
     ids=["dense", "steps", "ReversibleHeun"],
 )
-@pytest.mark.one_in(2)
 def test_hessian_vector_product(solver, controller, kwargs):
     def value(adjoint, w, y0):
         sol = solve(adjoint, w, y0, solver, controller, **kwargs)
@@ -315,6 +313,7 @@ def test_hessian_vector_product(solver, controller, kwargs):
     assert relative_difference(ours, expected) < TOL
 
 
+@pytest.mark.exhaustive
 def test_hessian_in_a_batch():
     def hessian(mode, adjoint):
         fn = lambda y0: loss_of(adjoint, W, y0, PUBLISHED, PID)
@@ -399,7 +398,6 @@ def _in_mode(is_ours, solver, mode, around, within):
         ("jvp of grad", "vmap", "checkpoint"),
     ],
 )
-@pytest.mark.one_in(2)
 def test_modes(mode, around, within):
     # (Of a solver whose second copy counts as a constant, and what is rebuilt from it.)
     ours, expected = (_in_mode(x, RK, mode, around, within) for x in (True, False))
@@ -447,7 +445,6 @@ def test_ordered_effects(mode, capfd):
     [(diffrax.TextProgressMeter, True), (diffrax.TqdmProgressMeter, False)],
     ids=["text", "tqdm"],
 )
-@pytest.mark.one_in(2)
 def test_progress_meter(make, batched, capfd):
     if make is diffrax.TqdmProgressMeter:
         pytest.importorskip("tqdm")

@@ -1,15 +1,15 @@
-"""Reversible solvers for diffrax, and exact gradients of its solves in memory that does
-not grow with the number of steps.
+"""Exact gradients of diffrax's solves, with any solver; and reversible solvers, with
+which their memory hardly grows with the number of steps.
 
-Change two arguments of `diffrax.diffeqsolve`, the solver and the adjoint:
+Change one argument of `diffrax.diffeqsolve`, the adjoint:
 
 ```python
-diffrax.diffeqsolve(
-    ..., solver=UReversible(diffrax.Tsit5()), ..., adjoint=ReversibleAdjoint()
-)
+diffrax.diffeqsolve(..., adjoint=ReversibleAdjoint())
 ```
 
-Solvers:
+and the solver too, to `UReversible(diffrax.Tsit5())`, if memory is what is short.
+
+Reversible solvers:
 
 ```
 solver                    order  evals  back  y    adapt  SDE   decay  choose it for
@@ -42,8 +42,8 @@ EES27()                   2      4      8     1    yes    yes   base   little me
     two terms so often.
 - `y`: The memory of `y` and the solver state, in units of that of `y`.
 - `adapt`: Whether it has an error estimate, for adaptive step sizes.
-- `SDE`: Whether it solves SDEs, in the Stratonovich sense. Ito solvers are refused: an
-    Ito solution is not undone by going back along the same path.
+- `SDE`: Whether it solves SDEs, in the Stratonovich sense. (An Ito solution is not
+    undone by going back along the same path. Take an Ito solver as it is.)
 - `decay`: Whether it is stable where the solution decays: `base`, as an explicit solver
     is; `sync`, with the option `full_sync=True` alone.
 

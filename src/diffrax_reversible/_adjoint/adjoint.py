@@ -2,9 +2,11 @@ import functools as ft
 from typing import Any, Literal
 
 import diffrax
+import jax.tree_util as jtu
 
 from .._compat import (
     host_loop,
+    is_sub_save_at,
     is_unsafe_sde,
     loop_without_saving,
     PyTree,
@@ -17,24 +19,44 @@ from .rule import inner_loop, outer_while_loop, with_arrays
 
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
-    """Backpropagates through [`diffrax.diffeqsolve`][] by undoing its steps: the exact
-    gradient of the discretised solve, in memory that does not grow with the solution.
+    """Differentiates any [`diffrax.diffeqsolve`][]: the exact gradient of the
+    discretised solve, with any solver, in every mode of differentiation.
 
-    Use it with a reversible solver, for example as `diffeqsolve(...,
-    solver=UReversible(diffrax.Tsit5()), adjoint=ReversibleAdjoint())`. Reversible are
-    the solvers of this package, any other
+    Use it as `diffeqsolve(..., adjoint=ReversibleAdjoint())`. Steps of a *reversible*
+    solver are undone on the backward pass, in memory that hardly grows with the number
+    of steps. Those of any other are recomputed from stored states. Then the solution is
+    that of the solver, and the gradient with respect to `y0` and parameters that of
+    [`diffrax.RecursiveCheckpointAdjoint`][], but for rounding. Reversible are the
+    solvers of this package, any other
     [`diffrax_reversible.AbstractReversibleSolver`][], and [`diffrax.ReversibleHeun`][],
-    [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][]. For a few steps
-    of a small state [`diffrax.RecursiveCheckpointAdjoint`][] is as good.
+    [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][].
+
+    **Any other solver:** The state at every `n`th step is stored, where `n` is about
+    the square root of `max_steps`; if there is no more room then that at every `2n`th,
+    and so on. The backward pass makes the `n` steps between two of them again, with the
+    step size controller, and then differentiates each at its start: a step costs one
+    more step, and one with its pullback. With `max_steps=None`, after more than 1024
+    steps, some are made again twice, or more often. The memory is no more than that of
+    the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][] by default; for each
+    element of a batch, under `jax.vmap`. The stages of an explicit Runge--Kutta solver
+    for ODEs that is given by its tableau are unrolled (or made by a loop, if they have
+    more than 1000 operations, or with `Tsit5(scan_kind="lax")`). All other solvers are
+    run as they are, and root finders are differentiated implicitly, as by diffrax.
+
+    The rest, up to *Derivatives*, is about reversible solvers.
 
     **Cost:** On the backward pass every step is undone, and differentiated on the way;
     the docstring of each solver gives the evaluations. The memory is that of
     `checkpoints` states, and of a record of the steps: one floating-point number and
     one byte for each, and what
     [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one more byte
-    for [`diffrax_reversible.UReversible`][]). Under `jax.vmap` the elements of a batch
-    share the record, if they make the same steps; and under `jax.grad` of `jax.vmap`
-    they share the gradient of what they have in common, see `sum_over_batch`.
+    for [`diffrax_reversible.UReversible`][]). The record takes at most half the memory
+    of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][], but 48 kB in any
+    case, and has room for 65536 steps at most: where there are more, they are
+    recomputed piece by piece, which takes about one more forward solve. Under
+    `jax.vmap` the elements of a batch share the record if they make the same steps. If
+    each makes steps of its own then **there is a record for each element**, with room
+    for all of `max_steps`: set that to what is needed, or take the solver as it is.
 
     **Stored states:** Some steps cannot be undone: one that moves an element of the
     state on that was held exactly until then, as vector fields often have a kink there,
@@ -60,8 +82,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
         A kink where two elements of the state are equal while both move, such as of
         `jnp.max(y)`, cannot be told from its neighbourhood, unless the derivative of
-        the vector field differs at a stored state. If there are such then use
-        `checkpoint_every=1`, with as many `checkpoints` as there are steps.
+        the vector field differs at a stored state. If there are such then take the
+        solver as it is, and not `UReversible(solver)`: what is recomputed is exact.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event
@@ -99,16 +121,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     once with tangents, in the memory of a solve. For second derivatives nothing is
     rebuilt: every state is recomputed from the start, with its tangent.
 
-    **Long solves:** A large `max_steps` costs nothing, nor does `max_steps=None`. The
-    record takes at most half the memory of the checkpoints of
-    [`diffrax.RecursiveCheckpointAdjoint`][] (but 48 kB in any case), and is of at most
-    65536 steps. More steps than that are recomputed piece by piece on the backward
-    pass, which takes about one more forward solve.
-
     **Raises:**
 
-    - `ValueError` if the solver is not reversible, or for a
-        [`diffrax.UnsafeBrownianPath`][].
+    - `ValueError` for a [`diffrax.UnsafeBrownianPath`][].
     - `NotImplementedError` for third derivatives; in forward mode with respect to
         `ClipStepSizeController(step_ts=...)`; and when differentiating with respect to
         something in a step size controller that is not one of diffrax's own.
@@ -180,7 +195,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             )
         reversible, recomputed = as_reversible(solver), None
         if reversible is None:
-            recomputed = make_recomputed(solver)
+            subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
+            has_times = any(sub.ts is not None for sub in subs)
+            interpolates = has_times or saveat.dense or event is not None
+            recomputed = make_recomputed(solver, interpolates)
             solver = recomputed.solver
         else:
             solver = reversible
@@ -234,14 +252,15 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoints`: How many states may be stored, each of which takes the memory of `y`
-    and the solver state. Give more to save time where the solver wants many. `"auto"`
-    is 32, or fewer if `max_steps` is small: so many that the gradient takes less memory
-    than with [`diffrax.RecursiveCheckpointAdjoint`][]. With `checkpoints=0` only `y0`
+    and the solver state. `"auto"` is as many as fit into the memory that
+    [`diffrax.RecursiveCheckpointAdjoint`][] takes; and no more than 32 for a reversible
+    solver: give more to save time where it wants many. With `checkpoints=0` only `y0`
     and one state at hand are kept, and whatever else is wanted is recomputed from the
     start.
-- `checkpoint_every`: If an integer `k` then the state at every `k`th step is wanted
-    too. Use it for a solver whose backward pass is not stable and that does not say so;
-    otherwise that is found out by verification alone.
+- `checkpoint_every`: If an integer `k` then the state at every `k`th step of a
+    reversible solver is wanted too. Use it for one whose backward pass is not stable
+    and that does not say so; otherwise that is found out by verification alone. (What
+    is recomputed needs no such thing, so it is of no effect with any other solver.)
 - `sum_over_batch`: Whether, under `jax.grad` of `jax.vmap`, the gradients of what the
     elements of the batch share, such as parameters, are summed over the batch in every
     step of the backward pass, or once after it. `True` takes the memory of one gradient

@@ -373,18 +373,14 @@ class _Total:
 
 def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):
     """What should be the same, but for rounding, in what was rebuilt and in what was
-    stored, at the start of a step: `y` and the solver state, but for what is recorded.
+    stored, at the start of a step: `y`, and what is rebuilt of the solver state.
 
     Of couplings it is the registers, less what the step is about to forget. A constant
     has no gradient, and no size of its own: it matters where another register is read
     less that one. And nothing that the kept value goes into: that may be from before
     the solve, with other `args`."""
     if not isinstance(solver, AbstractCouplingSolver):
-        where = lambda state: jtu.tree_leaves(solver.recorded(state))
-        recorded = where(solver_state)
-        if len(recorded) > 0:
-            solver_state = eqx.tree_at(where, solver_state, [None] * len(recorded))
-        return y, solver_state
+        return y, solver.rebuilt(solver_state)
     start, couplings = solver.arrange(y, solver_state), solver.checked_couplings()
     registers = list(start.registers)
     for coupling in couplings:

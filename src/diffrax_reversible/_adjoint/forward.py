@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import is_save_state
+from .._compat import is_save_state, without_saving
 from .._jax_compat import eqxi
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
 from .._method.tree import replace, same_struct, stop_gradient
 from . import slots as slots_
+from .hoist import Hoister
 from .save import Saved
 from .slots import Keeping, Slots
 from .steps import BLOCK, Format, Steps
@@ -25,8 +26,9 @@ from .vmap import together, where_active
 class Record(NamedTuple):
     """What is left of a solve for the way back."""
 
-    # Of all accepted steps, or of the last. Their number is in the host's state.
-    steps: Steps
+    # Of all accepted steps, or of the last. Their number is in the host's state. (Or of
+    # what is stored: to know whether the elements of a batch make the same steps.)
+    steps: Any
     slots: Slots
     # How many states were wanted.
     num_wanted: Any
@@ -164,6 +166,42 @@ class Forward:
     #
     # The loop
     #
+
+    def add_rerun(
+        self,
+        hoister: Hoister,
+        init_state,
+        times: PyTree,
+        bare_loop: Callable,
+        located: Callable,
+        of_terms: tuple,
+    ) -> None:
+        """Adds the function that makes steps again of which there is no record, if
+        there may be any."""
+        del of_terms
+        if not self.format.is_window:
+            return
+        cond, body, buffers = bare_loop()
+        bare_state = without_saving(init_state)
+
+        def rerun(times, number, kept, slots, capacity, stop):
+            state, t_last = self.resume(bare_state, number, kept)
+            state, record = self.run(
+                cond,
+                located(times, body),
+                state,
+                max_steps=None,
+                buffers=buffers,
+                slots=slots,
+                t_last=t_last,
+                capacity=capacity,
+                stop=stop,
+            )
+            return self.kept(state, record.t_last), record
+
+        zero, kept = jnp.array(0), self.kept(init_state, init_state.tprev)
+        slots = self.empty_slots(init_state)
+        hoister.add("rerun", rerun, times, zero, kept, slots, zero, zero)
 
     def run(
         self,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._compat import without_saving
 from .._method.base import AbstractReversibleSolver
 from .forward import Forward
 from .recomputed import StepPullback
@@ -18,8 +19,12 @@ from .steps import BLOCK, Format
 # The most there are, and how many with `max_steps=None`; and so for steps.
 _SLOTS = 32
 _WINDOW = 2**16
-# The checkpoints that the memory of a solve without a bound is compared with.
+# The checkpoints that the memory of a solve without a bound is compared with; and what
+# part of it is taken for states, as the loops need some too.
 _NO_BOUND = 64
+_PART = 0.6
+# A segment of fewer steps takes longer than what is saved by it.
+_SHORT = 16
 # A record of fewer bytes than this is never too long. (So that of `UReversible` is not,
 # with the host's default for `max_steps`.)
 _FEW_BYTES = 3 * 2**14
@@ -53,19 +58,32 @@ def make_segments(
     checkpoints: int | Literal["auto"],
 ) -> Segments:
     """As many states as fit into the memory of the default adjoint."""
+    segments = Segments(pullback, made_jump, 1, 1)
     if checkpoints != "auto":
-        # Some of them in the segment at hand.
-        num_slots = checkpoints // 2
-        return Segments(pullback, made_jump, num_slots, max(checkpoints - num_slots, 1))
-    host = _NO_BOUND if max_steps is None else max(_num_checkpoints(max_steps), 1)
-    of_host = _num_bytes((init_state.y, init_state.solver_state))
-    own = _num_bytes((init_state.y, pullback.stored(init_state.solver_state)))
-    num = max(host * of_host // max(own, 1), 2)
-    # More would be of no use, with which each step is recomputed once.
-    enough = num if max_steps is None else math.ceil(math.sqrt(max_steps))
-    length = min(num // 2, enough)
-    num_slots = min(num - length, enough)
-    return Segments(pullback, made_jump, num_slots, length)
+        return segments.of_size(*_shared_out(checkpoints, max_steps))
+    num = _NO_BOUND if max_steps is None else _num_checkpoints(max_steps)
+    of_host = num * _num_bytes(without_saving(init_state))
+    of_own = _num_bytes(
+        (segments.empty_slots(init_state), segments.empty_starts(init_state))
+    )
+    # As many of one as of the other: then each step is recomputed once, if there are no
+    # more of them than the square of this.
+    num = max(int(_PART * of_host / of_own), 1)
+    if max_steps is not None:
+        num = min(num, math.ceil(math.sqrt(max_steps)))
+    return segments.of_size(num, num)
+
+
+def _shared_out(num: int, max_steps: int | None) -> tuple[int, int]:
+    """So many states among the slots and the segment at hand: whose steps are few if
+    there are slots for all of the segments."""
+    length = max(num - num // 2, 1)
+    if max_steps is not None and num**2 > 4 * max_steps:
+        # The smaller solution of `(num - length) * length == max_steps`.
+        few = math.ceil((num - math.sqrt(num**2 - 4 * max_steps)) / 2)
+        length = max(few, min(length, _SHORT))
+        return min(num - length, -(-max_steps // length)), length
+    return num - length if num > 0 else 0, length
 
 
 def make_forward(

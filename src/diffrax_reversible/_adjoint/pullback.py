@@ -139,6 +139,8 @@ def add_step(hoister: Hoister, solver, terms, args, step: Step) -> PyTree:
 
 
 class GenericPullback(AbstractPullback):
+    solver: AbstractReversibleSolver
+
     def __init__(self, solver: AbstractReversibleSolver):
         self.solver = solver
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from .._jax_compat import eqxi
 from .._method.explicit_rk import NOT_THERE
 from .._solver.bases import is_given_by_tableau
-from .._solver.unrolled import Unrolled
+from .._solver.unrolled import cast_like, Unrolled
 from .pullback import AbstractPullback, Grads, Rebuilt
 
 
@@ -28,9 +28,11 @@ class StepPullback(AbstractPullback):
     # That of the loop. It is differentiated in forward mode at most.
     solver: diffrax.AbstractSolver
 
-    def __init__(self, solver: diffrax.AbstractSolver):
+    def __init__(self, solver: diffrax.AbstractSolver, interpolates: bool):
         self.solver = _with_stages(solver, "lax")
         self._differentiated = _with_stages(solver, "bounded")
+        # Whether there may be output in between the steps.
+        self._interpolates = interpolates
 
     def prepare(self, terms, args, state) -> PyTree:
         """The solver state from which the loop is to start, from the host's state. (It
@@ -43,9 +45,12 @@ class StepPullback(AbstractPullback):
             return state.solver_state
         first_step, f0 = state.solver_state
         t0, y0 = state.tprev, state.y
+        slope = lambda: jtu.tree_map(
+            lambda a, b: a.astype(b.dtype), self.solver.func(terms, t0, y0, args), f0
+        )
         f0 = lax.cond(
             eqxi.unvmap_any(first_step),
-            lambda: _where(first_step, self.solver.func(terms, t0, y0, args), f0),
+            lambda: _where(first_step, slope(), f0),
             lambda: f0,
         )
         return jnp.zeros_like(first_step), f0
@@ -78,7 +83,7 @@ class StepPullback(AbstractPullback):
         return stored
 
     def add_functions(self, hoister, terms, args, step):
-        for dense in (False, True):
+        for dense in (False, True) if self._interpolates else (False,):
             fn = ft.partial(self._step, terms, args, dense)
             state = self.of_step(
                 self.stored(step.solver_state), step.solver_state, jnp.array(True)
@@ -147,9 +152,12 @@ class ExplicitPullback(StepPullback):
     and be another.
     """
 
-    def __init__(self, solver: diffrax.AbstractERK):
+    solver: Unrolled
+
+    def __init__(self, solver: diffrax.AbstractERK, interpolates: bool):
         self.solver = Unrolled(solver)
         self._differentiated = solver
+        self._interpolates = interpolates
 
     def stored(self, solver_state):
         del solver_state
@@ -160,7 +168,7 @@ class ExplicitPullback(StepPullback):
         if initial is None:
             return None
         no, f0 = initial
-        return no, _where(is_start, f0, terms.vf(t, y, args))
+        return no, _where(is_start, f0, cast_like(terms.vf(t, y, args), f0))
 
     def of_step(self, stored, initial, is_start):
         del stored
@@ -175,14 +183,15 @@ class ExplicitPullback(StepPullback):
             is_given, f0 = solver_state
             if made_jump is not False:
                 is_given = is_given & ~made_jump
-            f0 = _where(is_given, f0, terms.vf(t0, y0, args))
+            f0 = _where(is_given, f0, cast_like(terms.vf(t0, y0, args), f0))
         y1, _, dense_info, _ = self.solver.make(terms, t0, t1, y0, args, f0)
         return y1, None, dense_info if dense else None
 
     def add_functions(self, hoister, terms, args, step):
         super().add_functions(hoister, terms, args, step)
         if step.solver_state is not None:
-            slope = lambda t, y: terms.vf(t, y, args)
+            _, f0 = step.solver_state
+            slope = lambda t, y: cast_like(terms.vf(t, y, args), f0)
             hoister.add("slope", slope, step.t0, step.y1)
 
     def start(self, fns, t1, y1, grad_solver_state, num_steps):
@@ -206,7 +215,10 @@ def _where(pred, a: PyTree, b: PyTree) -> PyTree:
     return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), a, b)
 
 
-def make_recomputed(solver: diffrax.AbstractSolver) -> StepPullback:
+def make_recomputed(solver: diffrax.AbstractSolver, interpolates: bool) -> StepPullback:
     if is_given_by_tableau(solver):
-        return ExplicitPullback(solver)  # pyright: ignore[reportArgumentType]
-    return StepPullback(solver)
+        return ExplicitPullback(
+            solver,  # pyright: ignore[reportArgumentType]
+            interpolates,
+        )
+    return StepPullback(solver, interpolates)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._compat import is_sub_save_at, without_saving
+from .._compat import is_sub_save_at
 from .._jax_compat import eqxi
 from .._method.tree import replace, stop_gradient
 from . import save as save, times as times_, verify as verify
@@ -94,7 +94,7 @@ def outer_while_loop(
         pullback = recomputed
         forward = make_segments(pullback, init_state, made_jump, max_steps, checkpoints)
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
-    *told, unknown = times_.controller_times(stepsize_controller)
+    controller, clipped, unknown = times_.controller_times(stepsize_controller)
     at_steps = times_.AtSteps.of(
         stepsize_controller, subs, event, init_state.event_values
     )
@@ -103,7 +103,7 @@ def outer_while_loop(
         stepsize_controller, init_state, t1, at_steps.is_any, may_run_out
     )
     saved = tuple(sub.ts for sub in subs)
-    times = times_.Times(init_state.tprev, t1, saved, *told, constant)
+    times = times_.Times(init_state.tprev, t1, saved, controller, clipped, constant)
 
     def run(init_state, times, records):
         body = _located(times, body_fun)
@@ -133,51 +133,7 @@ def outer_while_loop(
         save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts
     hoister.add("run", run, init_state, times, jnp.array(True))
-    if recomputed is not None:
-        bare_cond, bare_body, bare_buffers = bare_loop()
-        bare_state = without_saving(init_state)
-
-        def refill(times, number, stored, stop, slots, stride, starts):
-            state = forward.resumed(terms, args, bare_state, number, stored)
-            return forward.fill(
-                bare_cond,
-                _located(times, bare_body),
-                state,
-                buffers=bare_buffers,
-                t_last=stored.t_last,
-                stop=stop,
-                slots=slots,
-                stride=stride,
-                starts=starts,
-            )
-
-        zero, stored = jnp.array(0), forward.stored(init_state, init_state.tprev)
-        slots = forward.empty_slots(init_state)
-        starts = forward.empty_starts(init_state)
-        example = (times, zero, stored, zero, slots, zero + 1, starts)
-        hoister.add("rerun", refill, *example)
-    elif forward.format.is_window:
-        bare_cond, bare_body, bare_buffers = bare_loop()
-        bare_state = without_saving(init_state)
-
-        def rerun(times, number, kept, slots, capacity, stop):
-            state, t_last = forward.resume(bare_state, number, kept)
-            state, record = forward.run(
-                bare_cond,
-                _located(times, bare_body),
-                state,
-                max_steps=None,
-                buffers=bare_buffers,
-                slots=slots,
-                t_last=t_last,
-                capacity=capacity,
-                stop=stop,
-            )
-            return forward.kept(state, record.t_last), record
-
-        zero, kept = jnp.array(0), forward.kept(init_state, init_state.tprev)
-        slots = forward.empty_slots(init_state)
-        hoister.add("rerun", rerun, times, zero, kept, slots, zero, zero)
+    forward.add_rerun(hoister, init_state, times, bare_loop, _located, (terms, args))
     hoisted, consts = hoister.finish()
 
     derivative = Derivative(

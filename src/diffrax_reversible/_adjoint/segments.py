@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._compat import without_saving
 from .._jax_compat import eqxi
 from .._method.tree import replace, stop_gradient
 from . import slots as slots_
 from .forward import Ends, Record
+from .hoist import Hoister
 from .pullback import Start, Step
 from .recomputed import StepPullback
 from .slots import Keeping, Slots
@@ -81,6 +83,9 @@ class Segments:
         self.num_slots = num_slots
         self.length = length
         self.format = None
+
+    def of_size(self, num_slots: int, length: int) -> "Segments":
+        return Segments(self.pullback, self.made_jump, num_slots, length)
 
     #
     # What is stored of a state
@@ -167,6 +172,39 @@ class Segments:
     #
     # The loops
     #
+
+    def add_rerun(
+        self,
+        hoister: Hoister,
+        init_state,
+        times: PyTree,
+        bare_loop: Callable,
+        located: Callable,
+        of_terms: tuple,
+    ) -> None:
+        """Adds the function that makes the steps of a segment again."""
+        cond, body, buffers = bare_loop()
+        bare_state = without_saving(init_state)
+
+        def refill(times, number, stored, stop, slots, stride, starts):
+            terms, args = of_terms
+            state = self.resumed(terms, args, bare_state, number, stored)
+            return self.fill(
+                cond,
+                located(times, body),
+                state,
+                buffers=buffers,
+                t_last=stored.t_last,
+                stop=stop,
+                slots=slots,
+                stride=stride,
+                starts=starts,
+            )
+
+        zero, stored = jnp.array(0), self.stored(init_state, init_state.tprev)
+        slots, starts = self.empty_slots(init_state), self.empty_starts(init_state)
+        example = (times, zero, stored, zero, slots, zero + 1, starts)
+        hoister.add("rerun", refill, *example)
 
     def run(
         self,

@@ -251,7 +251,7 @@ def _locate_jvp(primals, tangents):
     out = jtu.tree_map(
         lambda w, x: jnp.sum(jnp.where(w != 0, w * x, 0)), weights, t_sources
     )
-    return t, sum(jtu.tree_leaves(out)).astype(t.dtype)
+    return t, jnp.asarray(sum(jtu.tree_leaves(out))).astype(t.dtype)
 
 
 class Node(NamedTuple):

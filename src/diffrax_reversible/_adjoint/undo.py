@@ -189,6 +189,7 @@ class Undo:
         number = jnp.maximum(carry.num_steps - 1, 0)
         k = segment.last - number
         t_prev, t0, _, made_jump = segment.block.times(k)
+        assert self._format is not None
         solver_state = self._format.read_recorded(
             segment.block, carry.solver_state, k, segment.solver_state, segment.is_whole
         )

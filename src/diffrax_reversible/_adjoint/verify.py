@@ -219,16 +219,17 @@ def _states_differ(
     return out
 
 
-def _at_rest(y: PyTree, change: PyTree, tree: PyTree) -> list[Any]:
-    """Of each array in the tree: which elements do not change, in those parts of it
-    that are like `y`; and `False` elsewhere."""
+def _at_rest(y: PyTree, change: PyTree, comparable: PyTree) -> list[Any]:
+    """Of each array that is compared: which elements do not change, in `y` and in the
+    registers like it; and `False` elsewhere."""
     is_like = lambda x: same_struct(x, y)
     changes = iter(jtu.tree_leaves(change))
     like_y = [eqx.is_inexact_array(x) and next(changes) == 0 for x in _arrays(y)]
+    registers, others = comparable
     out = []
-    for part in jtu.tree_leaves(tree, is_leaf=is_like):
+    for part in jtu.tree_leaves(registers, is_leaf=is_like):
         out += like_y if is_like(part) else [False] * len(_arrays(part))
-    return out
+    return out + [False] * len(_arrays(others))
 
 
 def _arrays(tree: PyTree) -> list[Array]:

@@ -2,6 +2,8 @@ import abc
 from typing import Any, TypeVar
 
 import diffrax
+import equinox as eqx
+import jax.tree_util as jtu
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, Y
 
@@ -86,6 +88,26 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         """
         del solver_state
         return ()
+
+    def rebuilt(self, solver_state: Any) -> Any:
+        """Selects the part of the solver state that is compared with what is stored.
+
+        **Arguments:**
+
+        - `solver_state`: The solver state, as it was stored, or as `backward_step`
+            returned it.
+
+        **Returns:**
+
+        A PyTree. By default, all but what `recorded` selects. Leave out what
+        `backward_step` does not rebuild as nothing depends on it there: an account from
+        which `wants_checkpoint` is told, say.
+        """
+        where = lambda state: jtu.tree_leaves(self.recorded(state))
+        recorded = where(solver_state)
+        if len(recorded) == 0:
+            return solver_state
+        return eqx.tree_at(where, solver_state, [None] * len(recorded))
 
     def needs_checkpoint(
         self,

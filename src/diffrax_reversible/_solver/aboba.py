@@ -199,6 +199,11 @@ class ABOBA(
     ) -> VF:
         return terms.vf(t0, y0, args)
 
+    def rebuilt(self, solver_state: _SolverState) -> Any:
+        # The account is for the way forward alone.
+        del solver_state
+        return ()
+
     def needs_checkpoint(
         self,
         solver_state: _SolverState,
@@ -299,7 +304,6 @@ class ABOBA(
         v = jtu.tree_map(lambda c, v, n: (v - n) / c, step.contraction, v, step.noise_v)
         v = _add(v, kick)
         x = self._drift(step, -1.0, x, v)
-        # The account is for the way forward alone.
         return (x, v), dict(y0=(x, v), y1=y1), solver_state
 
 

@@ -19,6 +19,42 @@ from .._jax_compat import eqxi
 from .._method.explicit_rk import combine, explicit_rk_increment, NOT_THERE
 
 
+def cast_like(x: PyTree, like: PyTree) -> PyTree:
+    """`x`, of the dtypes of `like`, to which they must be promoted."""
+
+    def cast(a, b):
+        dtype = jnp.result_type(b)
+        if jnp.promote_types(a.dtype, dtype) != dtype:
+            raise ValueError(
+                f"The vector field returned an array of dtype {a.dtype}, which cannot "
+                f"be promoted to that of `y0`, {dtype}. Cast `y0`, or what the vector "
+                "field returns."
+            )
+        return a.astype(dtype)
+
+    return jtu.tree_map(cast, x, like)
+
+
+class _OfDtype(diffrax.AbstractTerm):
+    """A term whose products with a control are of the dtypes of `y`, as diffrax stores
+    them."""
+
+    term: diffrax.AbstractTerm
+    y: PyTree
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
+        return self.term.vf(t, y, args)
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> Any:
+        return self.term.contr(t0, t1, **kwargs)
+
+    def prod(self, vf: VF, control: Any) -> Y:
+        return cast_like(self.term.prod(vf, control), self.y)
+
+    def vf_prod(self, t: RealScalarLike, y: Y, args: Args, control: Any) -> Y:
+        return cast_like(self.term.vf_prod(t, y, args, control), self.y)
+
+
 class Unrolled(diffrax.AbstractWrappedSolver[PyTree]):
     """The steps of an explicit Runge--Kutta solver, given by its tableau, with their
     stages unrolled: the same but for rounding. Has its solver state, in which the slope
@@ -74,7 +110,7 @@ class Unrolled(diffrax.AbstractWrappedSolver[PyTree]):
                     eqxi.unvmap_any(made_jump),
                     lambda: jtu.tree_map(
                         lambda a, b: jnp.where(made_jump, a, b),
-                        terms.vf(t0, y0, args),
+                        cast_like(terms.vf(t0, y0, args), given),
                         given,
                     ),
                     lambda: given,
@@ -93,12 +129,13 @@ class Unrolled(diffrax.AbstractWrappedSolver[PyTree]):
         f0: Any = NOT_THERE,
     ) -> tuple[Y, Y, DenseInfo, Any]:
         """A step, and the slope at its end: if that at its start is given, as it is if
-        the solver is first-same-as-last."""
+        the solver is first-same-as-last. (All of the dtype of `y`, as in diffrax.)"""
         tableau, control = self.solver.tableau, terms.contr(t0, t1)
+        of_dtype = _OfDtype(terms, y0)
         has_slope = f0 is not NOT_THERE
         new = explicit_rk_increment(
             tableau,  # pyright: ignore[reportArgumentType]
-            terms,
+            of_dtype,
             t0,
             t1,
             y0,
@@ -106,16 +143,16 @@ class Unrolled(diffrax.AbstractWrappedSolver[PyTree]):
             control,
             1,
             scan=None if self.solver.scan_kind is None else True,
-            first=terms.prod(f0, control) if has_slope else None,
+            first=of_dtype.prod(f0, control) if has_slope else None,
         )
         y1 = jtu.tree_map(lambda y, x: y + x, y0, new.increment)
         k, f1 = new.k, NOT_THERE
         if has_slope:
-            f1 = terms.vf(t1, y1, args)
-            k = (*k, terms.prod(f1, control))
+            f1 = cast_like(terms.vf(t1, y1, args), f0)
+            k = (*k, of_dtype.prod(f1, control))
         elif tableau.fsal:  # pyright: ignore
             # (But the vector field is a costly one, see `is_vf_expensive`.)
-            k = (*k, terms.vf_prod(t1, y1, args, control))
+            k = (*k, of_dtype.vf_prod(t1, y1, args, control))
         y_error = combine(tableau.b_error, k, 1)  # pyright: ignore
         dense_info = dict(y0=y0, y1=y1, k=jtu.tree_map(lambda *x: jnp.stack(x), *k))
         return y1, y_error, dense_info, f1

@@ -1,0 +1,344 @@
+"""Solvers that do not undo their steps: of which every state is recomputed.
+
+The registry gives each of them the generic tests, against forward mode. Here are what
+`ReversibleAdjoint` is given, what it costs, and solvers and terms of another kind.
+"""
+
+import functools as ft
+
+import diffrax
+import hypothesis as hyp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix
+import pytest
+
+import diffrax_reversible as dfxr
+from diffrax_reversible._adjoint.plan import _shared_out
+
+from .derivatives import agree, everything
+from .helpers import relative_difference
+from .test_counts import Counter
+from .test_gradient import TOL, weighted_sum
+
+
+CHECKPOINTING = diffrax.RecursiveCheckpointAdjoint()
+W = jnp.array([[0.3, -1.2], [1.1, 0.2]])
+Y0 = jnp.array([0.7, -0.2])
+PID = diffrax.PIDController(rtol=1e-3, atol=1e-5)
+VERY_CHORD = diffrax.VeryChord(rtol=1e-6, atol=1e-6)
+
+
+def _field(t, y, w):
+    return jnp.tanh(w @ y) * (1 + 0.3 * jnp.sin(t)) - 0.5 * y
+
+
+def _solve(adjoint, params, *, solver=diffrax.Heun(), terms=None, **kwargs):
+    y0, w = params
+    options: dict = dict(
+        saveat=diffrax.SaveAt(t1=True), max_steps=64, stepsize_controller=PID, dt0=0.1
+    )
+    options.update(kwargs)
+    dt0 = options.pop("dt0")
+    terms = diffrax.ODETerm(_field) if terms is None else terms
+    return diffrax.diffeqsolve(
+        terms, solver, 0.0, 1.3, dt0, y0, w, adjoint=adjoint, **options
+    )
+
+
+#
+# How many states are stored
+#
+
+
+@hyp.given(st.integers(0, 10_000), st.none() | st.integers(1, 10_000))
+def test_states_are_shared_out(num, max_steps):
+    num_slots, length = _shared_out(num, max_steps)
+    assert num_slots >= 0 and length >= 1
+    assert num_slots + length <= max(num, 1)
+    # If each step can be recomputed once alone, then that is how it is.
+    if max_steps is not None and num**2 >= 4 * max_steps and num > 1:
+        assert num_slots * length >= max_steps - num % 2
+
+
+@ft.cache
+def _by_checkpointing(solver, kwargs):
+    loss = lambda params: weighted_sum(
+        _solve(CHECKPOINTING, params, solver=solver, **dict(kwargs)).ys
+    )
+    return jax.jit(jax.value_and_grad(loss))((Y0, W))
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1, 2, 3, 7, 64, "auto"])
+def test_checkpoints(checkpoints):
+    # Some forty steps: from one that is recomputed from the start, each time, to all.
+    kwargs = (("dt0", 1 / 31), ("stepsize_controller", diffrax.ConstantStepSize()))
+    loss = lambda params: weighted_sum(
+        _solve(dfxr.ReversibleAdjoint(checkpoints), params, **dict(kwargs)).ys
+    )
+    ours = jax.jit(jax.value_and_grad(loss))((Y0, W))
+    # The same sums in another order.
+    assert relative_difference(ours, _by_checkpointing(diffrax.Heun(), kwargs)) < TOL
+
+
+@pytest.mark.parametrize("checkpoints", [5, "auto"])
+def test_no_bound_on_the_number_of_steps(checkpoints):
+    loss = lambda params: weighted_sum(
+        _solve(
+            dfxr.ReversibleAdjoint(checkpoints),
+            params,
+            solver=diffrax.Tsit5(),
+            max_steps=None,
+        ).ys
+    )
+    ours = jax.jit(jax.value_and_grad(loss))((Y0, W))
+    assert relative_difference(ours, _by_checkpointing(diffrax.Tsit5(), ())) < TOL
+
+
+def _count(solver, num_steps, checkpoints="auto"):
+    counter = Counter()
+    term = diffrax.ODETerm(lambda t, y, args: counter.vector_field(y))
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient(y0):
+        return diffrax.diffeqsolve(
+            term,
+            solver,
+            0.0,
+            1.0,
+            1 / num_steps,
+            y0,
+            adjoint=dfxr.ReversibleAdjoint(checkpoints),
+            max_steps=4096,
+        ).ys[0]
+
+    jax.block_until_ready(gradient(jnp.array(0.3)))
+    return counter.take()
+
+
+@pytest.mark.parametrize(
+    "solver,stages,has_slope",
+    [
+        (diffrax.Heun(), 2, False),
+        (diffrax.Tsit5(), 6, True),
+        (diffrax.Euler(), 1, False),
+    ],
+)
+def test_evaluations(solver, stages, has_slope):
+    n = 16
+    evaluations, pullbacks = _count(solver, n)
+    # A step is made three times: in the solve, to have its start, and with a pullback.
+    # And a slope at the start of the solve, by JAX, and at that of the only segment.
+    assert evaluations == 3 * stages * n + (2 + 1 if has_slope else 0)
+    assert pullbacks == stages * n + (1 if has_slope else 0)
+
+
+def test_evaluations_with_few_states():
+    # From the start, for each segment of one step.
+    n = 8
+    evaluations, pullbacks = _count(diffrax.Heun(), n, 0)
+    assert evaluations == 2 * (n + n * (n + 1) // 2 + n)
+    assert pullbacks == 2 * n
+
+
+def _bytes(adjoint, y0, field, solver, max_steps, batch, controller):
+    def loss(y0, w):
+        one = lambda y0: jnp.sum(
+            diffrax.diffeqsolve(
+                diffrax.ODETerm(field),
+                solver,
+                0.0,
+                1.0,
+                0.01,
+                y0,
+                w,
+                adjoint=adjoint,
+                max_steps=max_steps,
+                stepsize_controller=controller,
+            ).ys
+        )
+        return jnp.sum(jax.vmap(one)(y0)) if batch else one(y0)
+
+    y0 = jnp.broadcast_to(y0, (batch, *y0.shape)) if batch else y0
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(y0, jnp.array(0.5)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "size,batch,max_steps", [(2, None, 4096), (1000, None, 4096), (2, 32, 4096)]
+)
+def test_memory(size, batch, max_steps):
+    # Of a solve with adaptive steps, for each element of a batch.
+    arguments = (
+        jnp.ones(size),
+        lambda t, y, w: -w * jnp.sin(y),
+        diffrax.Tsit5(),
+        max_steps,
+        batch,
+        PID,
+    )
+    assert _bytes(dfxr.ReversibleAdjoint(), *arguments) < _bytes(
+        CHECKPOINTING, *arguments
+    )
+
+
+#
+# Solvers and terms of other kinds
+#
+
+
+def _implicit_explicit():
+    explicit = diffrax.ODETerm(_field)
+    implicit = diffrax.ODETerm(lambda t, y, w: -w[0, 0] * y)
+    terms = diffrax.MultiTerm(explicit, implicit)
+    return dict(solver=diffrax.KenCarp3(root_finder=VERY_CHORD), terms=terms)
+
+
+def _ito():
+    path = diffrax.VirtualBrownianTree(0.0, 1.3, 0.05, (), jax.random.key(0))
+    noise = diffrax.ControlTerm(lambda t, y, w: w[0, 0] * jnp.cos(y), path)
+    return dict(
+        solver=diffrax.ItoMilstein(),
+        terms=diffrax.MultiTerm(diffrax.ODETerm(_field), noise),
+        stepsize_controller=diffrax.ConstantStepSize(),
+    )
+
+
+KINDS = {
+    "IMEX": _implicit_explicit,
+    "Ito": _ito,
+    "implicit, an event": lambda: dict(
+        solver=diffrax.Kvaerno5(),
+        event=diffrax.Event(
+            lambda t, y, args, **kwargs: y[0] - 0.6, optimistix.Newton(1e-10, 1e-10)
+        ),
+    ),
+    "jumps": lambda: dict(
+        solver=diffrax.Bosh3(),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            PID, jump_ts=jnp.array([0.45, 0.9]), step_ts=jnp.array([0.7])
+        ),
+        saveat=diffrax.SaveAt(ts=jnp.array([0.45, 0.8]), steps=2, t0=True),
+    ),
+    "solver state": lambda: dict(
+        solver=diffrax.Tsit5(), saveat=diffrax.SaveAt(t1=True, solver_state=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind):
+    kwargs = KINDS[kind]()
+    controller = kwargs.get("stepsize_controller")
+    if isinstance(controller, diffrax.ClipStepSizeController):
+        # (Of times of output at steps that a controller has chosen it is refused.)
+        of = lambda sol: weighted_sum(sol.ys)
+    elif kwargs["solver"] == diffrax.Tsit5():
+        of = lambda sol: weighted_sum((sol.ys, sol.solver_state[1]))
+    else:
+        of = everything
+    agree(lambda adjoint, params: of(_solve(adjoint, params, **kwargs)), (Y0, W))
+
+
+def test_langevin():
+    drift = diffrax.UnderdampedLangevinDriftTerm(0.7, 1.1, lambda x, w: w @ x)
+    path = diffrax.VirtualBrownianTree(
+        0.0, 1.3, 0.05, (2,), jax.random.key(0), diffrax.SpaceTimeTimeLevyArea
+    )
+    noise = diffrax.UnderdampedLangevinDiffusionTerm(0.7, 1.1, path)
+
+    def gradient(adjoint):
+        loss = lambda params: weighted_sum(
+            _solve(
+                adjoint,
+                ((params[0], params[0][::-1]), params[1]),
+                solver=diffrax.ShOULD(0.1),
+                terms=diffrax.MultiTerm(drift, noise),
+                stepsize_controller=diffrax.ConstantStepSize(),
+            ).ys
+        )
+        return jax.jit(jax.value_and_grad(loss))((Y0, W))
+
+    ours, expected = gradient(dfxr.ReversibleAdjoint()), gradient(CHECKPOINTING)
+    assert relative_difference(ours, expected) < TOL
+
+
+def test_resumed_with_another_slope():
+    # The first stage of a solve that is resumed is what it is given, whatever that is.
+    def loss(adjoint, params):
+        y0, w, slope = params
+        return weighted_sum(
+            _solve(
+                adjoint,
+                (y0, w),
+                solver=diffrax.Tsit5(),
+                solver_state=(jnp.array(False), slope),
+            ).ys
+        )
+
+    _, (_, _, grad) = agree(loss, (Y0, W, jnp.array([0.4, -1.0])))
+    assert jnp.all(grad != 0)
+
+
+def test_no_steps():
+    @jax.jit
+    def solve(t1):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(_field),
+            diffrax.Tsit5(),
+            0.0,
+            t1,
+            0.1,
+            Y0,
+            W,
+            saveat=diffrax.SaveAt(t1=True, solver_state=True),
+            adjoint=dfxr.ReversibleAdjoint(),
+        )
+
+    first_step, slope = solve(0.0).solver_state
+    assert first_step and jnp.all(slope == 0)
+    first_step, slope = solve(0.1).solver_state
+    assert not first_step and jnp.all(slope != 0)
+
+
+#
+# Batches and modes
+#
+
+
+@pytest.mark.parametrize(
+    "solver,sums",
+    [(diffrax.Tsit5(), False), (diffrax.Kvaerno3(), True)],
+    ids=["Tsit5", "Kvaerno3"],
+)
+def test_batch_with_steps_of_their_own(solver, sums):
+    scales = jnp.linspace(0.2, 8.0, 4)
+    ours = dfxr.ReversibleAdjoint(checkpoints=6, sum_over_batch=sums)
+
+    def gradient(adjoint):
+        def loss(w):
+            one = lambda scale: weighted_sum(
+                _solve(adjoint, (scale * Y0, w * scale), solver=solver).ys
+            )
+            return jnp.sum(jax.vmap(one)(scales))
+
+        return jax.jit(jax.grad(loss))(W)
+
+    assert relative_difference(gradient(ours), gradient(CHECKPOINTING)) < TOL
+
+
+def test_hessian():
+    def loss(adjoint, y0):
+        saveat = diffrax.SaveAt(ts=jnp.array([0.5, 1.3]))
+        return weighted_sum(
+            _solve(adjoint, (y0, W), solver=diffrax.Tsit5(), saveat=saveat).ys
+        )
+
+    ours = ft.partial(loss, dfxr.ReversibleAdjoint())
+    expected = jax.jit(jax.jacfwd(jax.jacfwd(ft.partial(loss, diffrax.ForwardMode()))))
+    expected = expected(Y0)
+    # Of about twenty steps, and the second derivatives are of size 1.
+    assert np.max(np.abs(jax.jit(jax.hessian(ours))(Y0) - expected)) < TOL
