@@ -1,5 +1,5 @@
 """`nox -s tests` runs the tests, `nox -s quick` some of them; `nox` alone runs what CI
-does, except for `newest`, which needs another Python."""
+does, except for `older`, which needs another Python."""
 
 import os
 import pathlib
@@ -41,7 +41,7 @@ def _pytest(session: nox.Session, *args: str, fast: bool = True) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests, with the newest of everything: 15 to 30 minutes on two cores."""
+    """The tests, with the newest of everything that there is for this Python."""
     session.install("-e", ".[tests,examples]")
     _pytest(session)
 
@@ -66,6 +66,7 @@ QUICK = (
     "tests/test_near_reversible.py::test_order_of_gradient",
     "tests/test_order.py::test_order",
     "tests/test_order.py::test_order_splitting",
+    "tests/test_recomputed.py::test_checkpoints",
     "tests/test_round_trip.py",
     "tests/test_save_at.py::test_dense",
     "tests/test_save_at.py::test_fn",
@@ -97,6 +98,8 @@ PART = (
     "tests/test_gradient.py",
     "tests/test_vmap.py",
     "tests/test_batch.py",
+    "tests/test_recomputed.py::test_checkpoints",
+    "tests/test_recomputed.py::test_kinds",
     "tests/test_transformations.py::test_modes_of_other_solvers",
     "-k",
     "not (gradient or vmap or batch) or closed_over or resumed or host_instances "
@@ -114,9 +117,9 @@ def matrix(session: nox.Session, diffrax: str) -> None:
     _pytest(session, *PART, *OLD)
 
 
-@nox.session(python="3.13")
-def newest(session: nox.Session) -> None:
-    """A part of the tests, with a Python for which there are newer versions of JAX."""
+@nox.session
+def older(session: nox.Session) -> None:
+    """A part of the tests, with a Python for which there are no new versions of JAX."""
     session.install("-e", ".[tests]")
     session.run("python", "-m", "pip", "list")
     _pytest(session, *PART)
@@ -147,7 +150,8 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def exhaustive(session: nox.Session) -> None:
-    """Gradients over all combinations of solver, controller, `SaveAt` and terms."""
+    """The other cases of all tests, and all combinations of what a solve is made of.
+    Takes hours."""
     session.install("-e", ".[tests,examples]")
     _pytest(session, "-m", "exhaustive")
 
@@ -189,6 +193,7 @@ def examples(session: nox.Session) -> None:
         ("hare_lynx",),
         ("least_squares",),
         ("nuts",),
+        ("pinene",),
         ("pharmacology",),
         ("neural_ode_float32",),
         ("digits_neural_ode",),
