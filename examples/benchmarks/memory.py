@@ -4,8 +4,8 @@
 
 For `y' = -a sin(y)` with `y` of 10^3 numbers, solved by `Tsit5` with fixed steps and
 all settings as they come: what the compiler allocates for temporaries (exact, and free
-of noise), and the median time, of `RecursiveCheckpointAdjoint` and of
-`ReversibleAdjoint`.
+of noise), and the median time, of `RecursiveCheckpointAdjoint`, and of
+`ReversibleAdjoint` on the solver as it is and on `UReversible` of it.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from diffrax_reversible import UReversible
 
 COLUMNS = {
     "RecursiveCheckpointAdjoint": (diffrax.Tsit5(), DEFAULT),
+    "ReversibleAdjoint": (diffrax.Tsit5(), OURS),
     "UReversible + ReversibleAdjoint": (UReversible(diffrax.Tsit5()), OURS),
 }
 
