@@ -85,7 +85,7 @@ QUICK = (
 
 @nox.session
 def quick(session: nox.Session) -> None:
-    """Something of each promise, in about five minutes."""
+    """Something of each promise, in about ten minutes."""
     session.install("-e", ".[tests,examples]")
     _pytest(session, *QUICK)
 
