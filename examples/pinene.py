@@ -19,6 +19,7 @@ its time and its memory, beside those of `RecursiveCheckpointAdjoint`.
 
 import argparse
 import time
+from typing import Any
 
 import diffrax
 import jax
@@ -60,7 +61,7 @@ def reaction(t, y, rates):
     )
 
 
-def solve(log_rates, adjoint, ts, tol):
+def solve(log_rates, adjoint, ts, tol) -> Any:
     return diffrax.diffeqsolve(
         diffrax.ODETerm(reaction),
         diffrax.Kvaerno5(),
@@ -72,11 +73,11 @@ def solve(log_rates, adjoint, ts, tol):
         saveat=diffrax.SaveAt(ts=ts),
         stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
         adjoint=adjoint,
-    )
+    ).ys
 
 
 def residuals(log_rates, adjoint, tol):
-    return solve(log_rates, adjoint, TIMES, tol).ys - MEASURED
+    return solve(log_rates, adjoint, TIMES, tol) - MEASURED
 
 
 def loss(log_rates, adjoint, tol):
@@ -96,6 +97,7 @@ def compare(log_rates, tol, repeats):
             jax.block_until_ready(compiled(log_rates))
             times.append(time.perf_counter() - start)
         analysis = compiled.memory_analysis()
+        assert analysis is not None
         kilobytes = analysis.temp_size_in_bytes / 1e3
         out[type(adjoint).__name__] = grad, 1e3 * min(times), kilobytes
     return out
@@ -105,7 +107,7 @@ def plot(log_rates, tol, filename):
     from matplotlib.figure import Figure
 
     ts = jnp.linspace(0, TIMES[-1], 100)
-    ys = solve(log_rates, ReversibleAdjoint(), ts, tol).ys
+    ys = solve(log_rates, ReversibleAdjoint(), ts, tol)
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     for i, name in enumerate(NAMES):
