@@ -1,6 +1,7 @@
 from typing import Any
 
 import diffrax
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -24,7 +25,10 @@ def cast_like(x: PyTree, like: PyTree) -> PyTree:
 
     def cast(a, b):
         dtype = jnp.result_type(b)
-        if jnp.promote_types(a.dtype, dtype) != dtype:
+        # (Whatever the user's setting is.)
+        with jax.numpy_dtype_promotion("standard"):
+            promoted = jnp.promote_types(a.dtype, dtype)
+        if promoted != dtype:
             raise ValueError(
                 f"The vector field returned an array of dtype {a.dtype}, which cannot "
                 f"be promoted to that of `y0`, {dtype}. Cast `y0`, or what the vector "
