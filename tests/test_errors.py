@@ -589,7 +589,7 @@ PROVOKED = {
         TERM, RK, 0.0, 1.0, 0.1, jnp.ones(2), max_steps=None
     ),
     # When a solve starts.
-    "needs a reversible solver, which": lambda: dfxr.diagnose(
+    "needs a reversible solver, as it": lambda: dfxr.diagnose(
         TERM, diffrax.Tsit5(), 0.0, 1.0, 0.1, jnp.ones(2)
     ),
     "`adjoint=ReversibleAdjoint()` does not support `diffrax.Unsafe": lambda: solve(

@@ -88,6 +88,6 @@ def to_reversible(
     else:
         remedy = f"`{instead or 'UReversible(diffrax.Tsit5())'}`"
     raise ValueError(
-        f"`{user}` undoes steps: it needs a reversible solver, which "
+        f"`{user}` needs a reversible solver, as it undoes steps, which "
         f"`{spelling(solver)}` is not. Use {remedy}.{note_on_sdes(solver)}"
     )
