@@ -39,9 +39,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     steps, some are made again twice, or more often. The memory of states is less than
     that of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][] by default, for
     each element of a batch; with what the loops need it has been 0.35 to 1.2 of it. The
-    stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau are unrolled (or made by a loop, if they have
-    more than 1000 operations, or with `Tsit5(scan_kind="lax")`). All other solvers are
-    run as they are, and root finders are differentiated implicitly, as by diffrax.
+    stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau are
+    unrolled (or made by a loop, if they have more than 1000 operations, or with
+    `Tsit5(scan_kind="lax")`). All other solvers are run as they are, and root finders are differentiated implicitly, as by diffrax.
 
     The rest, up to *Derivatives*, is about reversible solvers.
 
