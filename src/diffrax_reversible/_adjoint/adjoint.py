@@ -41,7 +41,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     each element of a batch; with what the loops need it has been 0.35 to 1.2 of it. The
     stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau are
     unrolled (or made by a loop, if they have more than 1000 operations, or with
-    `Tsit5(scan_kind="lax")`). All other solvers are run as they are, and root finders are differentiated implicitly, as by diffrax.
+    `Tsit5(scan_kind="lax")`). All other solvers are run as they are,
+    and root finders are differentiated implicitly, as by diffrax.
 
     The rest, up to *Derivatives*, is about reversible solvers.
 
