@@ -114,10 +114,9 @@ def test_gradient_of_many_steps():
         jnp.stack([derivative((e, zero)) for e in jnp.eye(2)]),
         jnp.stack([derivative((zero, e)) for e in jnp.eye(2)]),
     )
-    # Rounding errors grow like the square of time here: 1e5 roundings, times 256
-    # revolutions. And where the record begins anew, what is rebuilt does so from other
-    # roundings.
-    assert relative_difference(grad, expected) < 1e-7
+    # Rounding errors grow like the square of time here. Against 80 bits this gradient
+    # and the default adjoint's are off by 4e-8 to 1.4e-7, as XLA orders the sums.
+    assert relative_difference(grad, expected) < 1e-6
     # And the memory does not grow with the steps.
     size = lambda x: x.memory_analysis().temp_size_in_bytes
     assert size(compiled) - size(few_compiled) < 2**17

@@ -483,12 +483,6 @@ def test_other_bases(base):
     assert ("with the same strong order" in str(e.value)) == (not is_ito)
 
 
-def test_base_itself():
-    terms = _terms("additive", Polygon(walk(jax.random.key(0), 8, 2)))
-    with pytest.raises(ValueError, match=r"=UReversible\(diffrax.ShARK\(\)\)"):
-        diffrax.diffeqsolve(terms, diffrax.ShARK(), 0.0, 1.0, 0.1, Y0, adjoint=ADJOINT)
-
-
 class _Ito(diffrax.AbstractSRK, diffrax.AbstractItoSolver):
     tableau = diffrax.SPaRK.tableau
 
