@@ -28,7 +28,6 @@ CHECKPOINTING = diffrax.RecursiveCheckpointAdjoint()
 W = jnp.array([[0.3, -1.2], [1.1, 0.2]])
 Y0 = jnp.array([0.7, -0.2])
 PID = diffrax.PIDController(rtol=1e-3, atol=1e-5)
-VERY_CHORD = diffrax.VeryChord(rtol=1e-6, atol=1e-6)
 
 
 def _field(t, y, w):
@@ -194,7 +193,7 @@ def _implicit_explicit():
     explicit = diffrax.ODETerm(_field)
     implicit = diffrax.ODETerm(lambda t, y, w: -w[0, 0] * y)
     terms = diffrax.MultiTerm(explicit, implicit)
-    return dict(solver=diffrax.KenCarp3(root_finder=VERY_CHORD), terms=terms)
+    return dict(solver=diffrax.KenCarp3(), terms=terms)
 
 
 def _ito():

@@ -62,22 +62,40 @@ class CouplingPullback(AbstractPullback):
         ]
         return max(lossy, default=0)
 
+    @property
+    def _last_read(self) -> int:
+        """The last coupling that is differentiated at registers which others of the
+        same step still update: those of its end are known anyway."""
+        couplings, read = self.couplings, []
+        for k, coupling in enumerate(couplings):
+            own = set() if coupling.also is not None else set(coupling.updated)
+            later = set[int]().union(*(c.updated for c in couplings[k + 1 :]))
+            if not self.solver.is_constant(coupling) and later - own:
+                read.append(k)
+        return max(read, default=0)
+
     def _known(self, fns, start: Start, fixed, arguments: Callable) -> list[tuple]:
         """The registers before each coupling, from the start of the step: as far as
-        that takes no evaluation, or cannot be had from its end."""
+        what is found from its end might be on the other side of a kink, or is lost."""
         registers0, value, *_ = self.solver.split(start.y, start.solver_state)
-        registers, out = list(registers0), [tuple(registers0)]
-        for k in range(max(self._first_shift, self._last_loss)):
-            coupling, shift = self.couplings[k], None
-            if coupling.shift is not None:
-                value_k = value if self._has_value(k) else None
-                constant, varying = arguments(coupling.others(registers), value_k)
-                call = lambda: fns.call(f"shift_{k}", *constant, *varying)[0]
-                shift = _if(eqxi.unvmap_any(start.is_known), call)
-            scale, _ = self._scale(fns, k, fixed)
-            coupling.apply(registers, scale, shift)
-            out.append(tuple(registers))
-        return out
+
+        def sweep():
+            registers, out = list(registers0), []
+            for k in range(max(self._last_read, self._last_loss)):
+                coupling, shift = self.couplings[k], None
+                if coupling.shift is not None:
+                    value_k = value if self._has_value(k) else None
+                    constant, varying = arguments(coupling.others(registers), value_k)
+                    shift, _ = fns.call(f"shift_{k}", *constant, *varying)
+                scale, _ = self._scale(fns, k, fixed)
+                coupling.apply(registers, scale, shift)
+                out.append(tuple(registers))
+            return out
+
+        if max(self._last_read, self._last_loss) <= self._first_shift:
+            # That takes no evaluation.
+            return [tuple(registers0), *sweep()]
+        return [tuple(registers0), *_if(eqxi.unvmap_any(start.is_known), sweep)]
 
     def _has_value(self, k: int) -> bool:
         return self.solver.has_evaluate and k in (0, self.last)
