@@ -94,13 +94,17 @@ def outer_while_loop(
         pullback = recomputed
         forward = make_segments(pullback, init_state, made_jump, max_steps, checkpoints)
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
-    controller, clipped, unknown = times_.controller_times(stepsize_controller)
+    controller, clipped, unknown = times_.controller_times(
+        stepsize_controller, init_state.tprev.dtype
+    )
     at_steps = times_.AtSteps.of(
         stepsize_controller, subs, event, init_state.event_values
     )
     may_run_out = None if throw else max_steps
+    # (A solver state may depend on the times of steps themselves.)
+    has_output = at_steps.is_any or saveat.solver_state
     constant = times_.constant(
-        stepsize_controller, init_state, t1, at_steps.is_any, may_run_out
+        stepsize_controller, init_state, t1, has_output, may_run_out
     )
     saved = tuple(sub.ts for sub in subs)
     times = times_.Times(init_state.tprev, t1, saved, controller, clipped, constant)

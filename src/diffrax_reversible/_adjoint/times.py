@@ -129,11 +129,11 @@ class Times(NamedTuple):
 
 
 def controller_times(
-    controller: Any,
+    controller: Any, dtype: Any
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], PyTree]:
     """The times that a step size controller steps to; those of them, apart, with which
     the steps on either side move along; and whatever it holds of which we do not know
-    what it is."""
+    what it is. `dtype` is that of the times of steps."""
     times, clipped = [], []
     while type(controller) is diffrax.ClipStepSizeController:
         clipped.append(controller.step_ts)
@@ -147,7 +147,10 @@ def controller_times(
         unknown = None
     else:
         unknown = eqx.filter(controller, eqx.is_inexact_array)
-    times, clipped = (tuple(x for x in ts if x is not None) for ts in (times, clipped))
+    times, clipped = (
+        tuple(jnp.asarray(x).astype(dtype) for x in ts if x is not None)
+        for ts in (times, clipped)
+    )
     return times, clipped, unknown
 
 

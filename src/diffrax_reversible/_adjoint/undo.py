@@ -144,7 +144,7 @@ class Undo:
         grad_consts = fns.zero_consts(save.function_names(fns.hoisted))
         save.accumulate(grad_consts, new_consts)
         for g in new_t1:
-            grad_times = self._add_time(grad_times, t1, g, jnp.array(False))
+            grad_times = self._add_time(grad_times, t1, g, ends.num_steps)
         return Carry(
             num_steps=ends.num_steps,
             t1=t1,

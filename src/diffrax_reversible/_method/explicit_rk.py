@@ -1,11 +1,10 @@
 """The increment of an explicit Runge--Kutta method."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -13,7 +12,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._compat import Args, RealScalarLike, Term, Y
-from .._jax_compat import eqxi
 
 
 # In place of a stage that is not evaluated. (`None` is a stage, if `y` is `None`.)
@@ -71,17 +69,18 @@ def explicit_rk_increment(
         # Exact at both ends, where the vector field may have its only finite limit.
         t_i = t_from if c == 0 else t_to if c == 1 else t_from + c * (t_to - t_from)
         ts.append(t_i)
-    is_apart = False
     if scan is None:
-        scan, is_apart = _how_to_unroll(stages, term, t_from, y, args, control)
+        scan = _is_long(stages, term, t_from, y, args, control)
     if scan and stages > 1:
         k = _scan_stages(tableau, term, ts, y, args, control, sign, first)
     else:
-        evaluate = _apart(term.vf_prod, t_from) if is_apart else term.vf_prod
         k = [] if first is None else [first]
         for i, t_i in list(enumerate(ts))[len(k) :]:
             y_i = y if i == 0 else combine(tableau.a_lower[i - 1], k, sign, y)
-            k.append(evaluate(t_i, y_i, args, control))
+            # XLA would fuse each stage into those that use it, to be computed again in
+            # each, and that grows quickly with their number.
+            k_i = term.vf_prod(t_i, lax.optimization_barrier(y_i), args, control)
+            k.append(lax.optimization_barrier(k_i))
     return Increment(
         increment=combine(tableau.b_sol[:stages], k, sign),
         error=combine(tableau.b_error[:stages], k, sign),
@@ -89,48 +88,15 @@ def explicit_rk_increment(
     )
 
 
-# What XLA on CPUs does not fuse into whatever uses it.
-_NOT_FUSED = {
-    *("dot_general", "ragged_dot_general", "conv_general_dilated"),
-    *("while", "scan", "fft", "sort", "pure_callback", "io_callback", "ffi_call"),
-    *("cholesky", "lu", "householder_product", "triangular_solve", "eigh", "svd"),
-}
-# A branch costs about as much as so many elements in each stage.
-_SMALL = 8
 # Unrolled stages of more operations than this in all take long to compile.
 _MANY = 1000
 
 
-def _how_to_unroll(stages: int, term, t, y, args, control) -> tuple[bool, bool]:
-    """Whether stages are better made by a loop; or else whether each is better kept
-    apart from the others. For what is not a matrix product or the like, XLA on CPUs
-    fuses into the stages that use it, to be computed again in each, and that grows
-    quickly with their number. (A loop keeps them apart too, but its pullback adds to
-    all of them in each: a gradient takes up to three times as long.)"""
+def _is_long(stages: int, term, t, y, args, control) -> bool:
+    """Whether stages are better made by a loop. (Its pullback adds to all of them in
+    each, so that a gradient takes up to three times as long.)"""
     jaxpr, _, _ = eqx.filter_make_jaxpr(term.vf_prod)(t, y, args, control)
-    names = list(_primitives(jaxpr.jaxpr))
-    size = sum(np.size(x) for x in jtu.tree_leaves(y))
-    is_fused = size > _SMALL and _NOT_FUSED.isdisjoint(names)
-    # (On others a branch is chosen by the host, which is slow.)
-    is_cpu = jax.default_backend() == "cpu"
-    is_long = stages * len(names) > _MANY
-    return is_long or (is_fused and not is_cpu), is_fused and is_cpu
-
-
-def _apart(vf_prod: Callable, t: RealScalarLike) -> Callable:
-    """The same function, which XLA does not fuse with what is around it: it is one
-    branch of two, and that the other is never taken XLA does not see."""
-    # (One for all stages, or they would be ready at once and go to other threads.)
-    t = eqxi.unvmap_max(lax.stop_gradient(t))
-    always = (t == t) | (t != t)
-
-    def evaluate(*args):
-        call = lambda: vf_prod(*args)
-        struct = jax.eval_shape(call)
-        zeros = lambda: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
-        return lax.cond(always, call, zeros)
-
-    return evaluate
+    return stages * len(list(_primitives(jaxpr.jaxpr))) > _MANY
 
 
 def _primitives(jaxpr) -> Iterator[str]:

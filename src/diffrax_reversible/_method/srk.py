@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffrax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -121,11 +122,12 @@ def srk_increment(
             of_noise = [x.a[i if additive else i - 1] for x in noise]
         # Exact at both ends, where the vector field may have its only finite limit.
         t_i = t_from if c == 0 else t_to if c == 1 else t_from + c * (t_to - t_from)
-        y_i = total(of_drift, of_noise, y)
+        # (As in `explicit_rk_increment`.)
+        y_i = lax.optimization_barrier(total(of_drift, of_noise, y))
         if tableau.ignore_stage_f is not None and tableau.ignore_stage_f[i]:
             hf.append(NOT_THERE)
         else:
-            hf.append(drift.vf_prod(t_i, y_i, args, h))
+            hf.append(lax.optimization_barrier(drift.vf_prod(t_i, y_i, args, h)))
         if additive:
             continue
         if tableau.ignore_stage_g is not None and tableau.ignore_stage_g[i]:
@@ -133,7 +135,10 @@ def srk_increment(
         else:
             g_i = diffusion.vf(t_i, y_i, args)
         for k, x in zip(gx, areas):
-            k.append(g_i if g_i is NOT_THERE else diffusion.prod(g_i, x))
+            if g_i is NOT_THERE:
+                k.append(NOT_THERE)
+            else:
+                k.append(lax.optimization_barrier(diffusion.prod(g_i, x)))
 
     first = lambda k: [next(x for x in k if x is not NOT_THERE)]
     slope = combine(np.ones(1), first(hf), sign)
