@@ -540,6 +540,34 @@ def test_elements_of_a_batch_at_rest(adaptive):
     assert np.all(num_wanted >= (1 if adaptive else 2))
 
 
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize(
+    "solver",
+    [diffrax.SemiImplicitEuler(), dfxr.StormerVerlet(), dfxr.ReversibleHeun()],
+)
+def test_a_body_on_a_floor(solver):
+    # It rests at 1, where the spacing of numbers is twice as large on one side: a push
+    # may be lost on the way forward, and not on the way back. It is lifted slowly.
+    def force(t, q, w):
+        pulse = jnp.exp(-(((t - 1.7) / w) ** 2))
+        return jnp.stack([10 * jax.nn.relu(1 - q[0]) + pulse, -jnp.sin(q[1])])
+
+    terms = diffrax.ODETerm(lambda t, p, w: p), diffrax.ODETerm(force)
+    if isinstance(solver, dfxr.ReversibleHeun):
+        terms = diffrax.ODETerm(lambda t, y, w: (y[1], force(t, y[0], w)))
+
+    def loss(params, adjoint):
+        y0, w = params
+        sol = diffrax.diffeqsolve(
+            terms, solver, 0.0, 3.0, 0.02, y0, w, adjoint=adjoint, max_steps=256
+        )
+        return jnp.sum(sol.ys[0][-1]), sol.stats
+
+    y0 = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+    for w in (0.1, 0.2):
+        _compare(loss, (y0, jnp.array(w)), 150 * 100 * jnp.finfo(jnp.float64).eps)
+
+
 def test_rest_is_no_rest():
     # What relaxes is moved by single roundings in the end, and that is not told from
     # rest; nor is where something turns.

@@ -35,6 +35,8 @@ class Record(NamedTuple):
     # The end of the last accepted step. NaN if the times of steps cannot be had again
     # from `steps`.
     t_last: Array
+    # Those of the last steps, if they are recomputed.
+    starts: Any = None
 
     @property
     def is_consistent(self) -> Array:
@@ -373,21 +375,23 @@ class Forward:
     def _at_rest(
         self, held: list[Array], state, new_state
     ) -> tuple[list[Array], Array]:
-        """Which elements of `y` a step leaves exactly as they were; and whether it
-        moves any that the step before left so, by more than rounding.
+        """Which elements of `y` a step leaves exactly as they were, or moves by no more
+        than rounding after one that did; and whether it moves any of these by more.
 
         Such a step cannot be undone: a vector field may well have a kink where an
         element is at rest, such as at zero, and what is rebuilt is next to it. From its
-        start on all is well, as what is undone there is exactly zero."""
+        start on all is well, as couplings undo a rest exactly."""
         new_held, leaves = [], jnp.array(False)
         before, after = (_elements(self.solver, s) for s in (state, new_state))
         for was_held, old, new in zip(held, before, after, strict=True):
             pairs = list(zip(old, new, strict=True))
-            new_held.append(ft.reduce(jnp.logical_and, [a == b for a, b in pairs]))
+            is_same = ft.reduce(jnp.logical_and, [a == b for a, b in pairs])
             size = ft.reduce(jnp.maximum, [jnp.abs(a) for a in old])
             change = ft.reduce(jnp.maximum, [jnp.abs(b - a) for a, b in pairs])
             moves = change > _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
             leaves = leaves | jnp.any(was_held & moves)
+            # (It may set out slowly.)
+            new_held.append(is_same | (was_held & ~moves))
         return new_held, leaves
 
     def _copy(self, steps: Steps, row: _Row, num_steps: Array) -> Steps:

@@ -1,10 +1,12 @@
 """The couplings of which [`diffrax_reversible.AbstractCouplingSolver`][] makes steps,
 and what they act on."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._compat import Args, PyTree, RealScalarLike, Terms
@@ -146,13 +148,27 @@ class Coupling(eqx.Module):
     def undo(
         self, registers: list[PyTree], scale: RealScalarLike, shift: PyTree
     ) -> None:
-        """The inverse of `apply`."""
-        i = self.register
-        if self.shift is not None:
-            for j in self.updated:
-                registers[j] = jtu.tree_map(lambda x, s: x - s, registers[j], shift)
+        """The inverse of `apply`.
+
+        Of what was at rest, as an increment was less than half of the spacing of
+        numbers, it is exact: the spacing may be another on the other side, and there
+        may be a kink."""
+        undone = ft.partial(self._undone, scale)
+        for j in self.updated:
+            if self.shift is None:
+                registers[j] = jtu.tree_map(undone, registers[j])
+            else:
+                registers[j] = jtu.tree_map(undone, registers[j], shift)
+
+    def _undone(self, scale: RealScalarLike, x1: Any, shift: Any = None) -> Any:
+        x0, again = x1, x1
         if not _is_one(scale):
-            registers[i] = jtu.tree_map(lambda x: _over(scale, x), registers[i])
+            again = _times(scale, again)
+        if shift is not None:
+            x0, again = x0 - shift, again + shift
+        if not _is_one(scale):
+            x0 = _over(scale, x0)
+        return jnp.where(again == x1, x1, x0)
 
     def pull_scale(self, grads: list[PyTree], scale: RealScalarLike) -> None:
         """The part of the pullback that does not go through `shift`."""
