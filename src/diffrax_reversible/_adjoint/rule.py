@@ -100,12 +100,7 @@ def outer_while_loop(
     at_steps = times_.AtSteps.of(
         stepsize_controller, subs, event, init_state.event_values
     )
-    may_run_out = None if throw else max_steps
-    # (A solver state may depend on the times of steps themselves.)
-    has_output = at_steps.is_any or saveat.solver_state
-    constant = times_.constant(
-        stepsize_controller, init_state, t1, has_output, may_run_out
-    )
+    constant = times_.constant(stepsize_controller, init_state)
     saved = tuple(sub.ts for sub in subs)
     times = times_.Times(init_state.tprev, t1, saved, controller, clipped, constant)
 

@@ -1,20 +1,20 @@
 """Gradients with respect to the times of a solve.
 
-The locations of the steps are constants, but for the ends of the solve, as `t0` is
-where the first step starts and `t1` is where the last one ends, and for the times that
-a step size controller was told to step to.
+The steps of `ConstantStepSize` move as they do in the host: they are known functions of
+the end of the first step and of the controller's state, of which the host makes them.
+(These depend in turn on `t0`, `t1` and `dt0`, which is JAX's matter.)
+
+The steps that an adaptive controller chose are constants, but for the ends of the
+solve, as `t0` is where the first step starts and `t1` is where the last one ends, and
+for the times that the controller was told to step to.
 
 **Output at steps.** That is right of what is output at given times, as this depends on
 where the steps are only through its error. It is wrong of what is output where a step
 ends: by `SaveAt(steps=...)`, or as the solve ends there, at an event without a root
-finder or as steps run out. If there is such output then the ends of the steps move as
-they do in the host. Those of `ConstantStepSize` are known functions of the end of the
-first step and of the controller's state, of which the host makes them. (These depend in
-turn on `t0`, `t1` and `dt0`, which is JAX's matter.) Those of `StepTo` were told. What
-an adaptive controller does is not known, so a gradient that needs it is an error. (It
-is not worth one that other output has a little of it: so not all solves with
-`ConstantStepSize` have steps that move. If the vector field jumps then it would matter
-much, and be wrong, that the jump does not move along.)
+finder or as steps run out. What an adaptive controller does is not known, so a gradient
+that needs it is an error; those of `StepTo` were told. (Second derivatives of a method
+of first order, with respect to the times of such steps, are wrong likewise: what is
+missing is of the order of the error of a derivative, which has one order less.)
 
 **Where the vector field jumps.** The step that ends at such a time, `s`, has stages at
 `s` itself, and so has the step that starts there. Whatever value the vector field has
@@ -65,10 +65,6 @@ class AtSteps(NamedTuple):
         known = (diffrax.ConstantStepSize, diffrax.StepTo)
         return cls(tuple(map(save_every, subs)), at_event, type(controller) in known)
 
-    @property
-    def is_any(self) -> bool:
-        return any(self.every) or any(self.at_event)
-
     def is_root(self, event_mask: PyTree) -> Any:
         """Whether a solve ended at a root. `False` if that cannot be."""
         pairs = zip(jtu.tree_leaves(event_mask), self.at_event, strict=True)
@@ -87,8 +83,6 @@ class Constant(NamedTuple):
     # The number of the first step, and of all. Negative if they are not spread.
     number: Any
     total: Any
-    # Whether there is output where steps end.
-    moves: Any
 
     def weights(self, n: Array) -> "Constant":
         """The derivative of the end of the `n`th step with respect to each."""
@@ -101,8 +95,7 @@ class Constant(NamedTuple):
             jnp.where(adds | is_first, 0, 1 - fraction),
             jnp.where(adds, n - 1, jnp.where(is_first, 0, fraction)),
         )
-        weights = (jnp.where(self.moves, w, 0) for w in weights)
-        return Constant(*weights, None, None, None)
+        return Constant(*weights, None, None)
 
 
 class Times(NamedTuple):
@@ -116,7 +109,7 @@ class Times(NamedTuple):
     # Those of `controller_times`.
     controller: tuple[Any, ...]
     clipped: tuple[Any, ...]
-    # `None` unless steps may move.
+    # `None` unless all steps move.
     constant: Constant | None
 
     @property
@@ -166,27 +159,13 @@ def zeros(wanted: Times, times: Times) -> Times:
     )
 
 
-def constant(
-    controller: Any, init_state: Any, t1: Any, at_steps: bool, max_steps: int | None
-) -> Constant | None:
-    """
-    **Arguments:**
-
-    - `at_steps`: Whether there is output where steps end.
-    - `max_steps`: After how many steps there is, if the solve ends there.
-    """
+def constant(controller: Any, init_state: Any) -> Constant | None:
+    """Of `ConstantStepSize`. `None` for other controllers."""
     if type(controller) is not diffrax.ConstantStepSize:
         return None
-    if not at_steps and max_steps is None:
-        return None
-    first, state = init_state.tnext, constant_steps(init_state.controller_state)
+    state = constant_steps(init_state.controller_state)
     number, total, start, end_or_size = map(jnp.asarray, state)
-    moves = jnp.array(at_steps)
-    if max_steps is not None:
-        last = first + (max_steps - 1) * end_or_size
-        is_short = jnp.where(total < 0, last < t1, number + max_steps - 1 < total)
-        moves = moves | is_short
-    return Constant(first, start, end_or_size, number, total, moves)
+    return Constant(init_state.tnext, start, end_or_size, number, total)
 
 
 def _weights(times: Times, t: Array, n: Array) -> Times:
