@@ -129,17 +129,25 @@ def _count(solver, num_steps, checkpoints="auto"):
 def test_evaluations(solver, stages, has_slope):
     n = 16
     evaluations, pullbacks = _count(solver, n)
-    # A step is made three times: in the solve, to have its start, and with a pullback.
-    # And a slope at the start of the solve, by JAX, and at that of the only segment.
-    assert evaluations == 3 * stages * n + (2 + 1 if has_slope else 0)
-    assert pullbacks == stages * n + (1 if has_slope else 0)
+    # A step is made twice: in the solve, and with a pullback. And a slope at both ends
+    # of the solve, and at the start of a segment, of no steps.
+    assert evaluations == 2 * stages * n + (3 if has_slope else 0)
+    assert pullbacks == stages * n + (2 if has_slope else 0)
+
+
+def test_evaluations_of_segments():
+    # Of 20 steps each; and of the last, of 10, nothing is recomputed.
+    n = 50
+    evaluations, pullbacks = _count(diffrax.Heun(), n, 40)
+    assert evaluations == 2 * (n + 40 + n)
+    assert pullbacks == 2 * n
 
 
 def test_evaluations_with_few_states():
-    # From the start, for each segment of one step.
+    # From the start, for each segment of one step but for the last.
     n = 8
     evaluations, pullbacks = _count(diffrax.Heun(), n, 0)
-    assert evaluations == 2 * (n + n * (n + 1) // 2 + n)
+    assert evaluations == 2 * (n + n * (n - 1) // 2 + n)
     assert pullbacks == 2 * n
 
 
@@ -341,3 +349,42 @@ def test_hessian():
     expected = expected(Y0)
     # Of about twenty steps, and the second derivatives are of size 1.
     assert np.max(np.abs(jax.jit(jax.hessian(ours))(Y0) - expected)) < TOL
+
+
+class OwnInit(diffrax.Tsit5):
+    def init(self, terms, t0, t1, y0, args):
+        return super().init(terms, t0, t1, y0, args)
+
+
+def test_init_of_its_own():
+    def loss(adjoint, params):
+        return weighted_sum(_solve(adjoint, params, solver=OwnInit()).ys)
+
+    agree(loss, (Y0, W))
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("max_steps", [9, 15, 24])
+def test_runs_out_with_a_rejected_step(max_steps):
+    # That is not to take the place of one that is needed.
+    def solve(adjoint, params, max_steps):
+        vector_field = lambda t, y, w: jnp.where(t > 0.5, 1e3 * jnp.cos(1e5 * t), w @ y)
+        return _solve(
+            adjoint,
+            params,
+            solver=diffrax.Bosh3(),
+            terms=diffrax.ODETerm(vector_field),
+            dt0=0.01,
+            max_steps=max_steps,
+            throw=False,
+        )
+
+    before, after = [
+        solve(diffrax.ForwardMode(), (Y0, W), n) for n in (max_steps - 1, max_steps)
+    ]
+    assert before.stats["num_accepted_steps"] == after.stats["num_accepted_steps"]
+
+    def loss(adjoint, params):
+        return weighted_sum(solve(adjoint, params, max_steps).ys)
+
+    agree(loss, (Y0, W), adjoint=dfxr.ReversibleAdjoint(checkpoints=3))

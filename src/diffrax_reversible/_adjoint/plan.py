@@ -58,7 +58,8 @@ def make_segments(
     checkpoints: int | Literal["auto"],
 ) -> Segments:
     """As many states as fit into the memory of the default adjoint."""
-    segments = Segments(pullback, made_jump, 1, 1)
+    # (With a place for one state, and for one start of a step.)
+    segments = Segments(pullback, made_jump, 1, 0)
     if checkpoints != "auto":
         return segments.of_size(*_shared_out(checkpoints, max_steps))
     num = _NO_BOUND if max_steps is None else _num_checkpoints(max_steps)

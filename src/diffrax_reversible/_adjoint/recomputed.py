@@ -216,7 +216,9 @@ def _where(pred, a: PyTree, b: PyTree) -> PyTree:
 
 
 def make_recomputed(solver: diffrax.AbstractSolver, interpolates: bool) -> StepPullback:
-    if is_given_by_tableau(solver):
+    # (With an `init` of its own its state may be anything.)
+    has_init = getattr(type(solver), "init", None) is diffrax.AbstractRungeKutta.init
+    if has_init and is_given_by_tableau(solver):
         return ExplicitPullback(
             solver,  # pyright: ignore[reportArgumentType]
             interpolates,

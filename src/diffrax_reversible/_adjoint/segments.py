@@ -4,7 +4,8 @@ On the way forward the state is stored at the start of every `length`th step, wh
 there is room; and then of every other of these, and so on. The backward pass goes from
 one of these *segments* to the one before. In each, one loop makes the steps again and
 keeps all of their states, and another pulls the gradient back through them. Both do
-nothing else.
+nothing else. (The states of the last segment are kept on the way forward. So nothing is
+recomputed in a solve of no more steps than that.)
 
 What is stored is all that the loop needs to go on from there: so it is the host's own
 loop that makes the steps again, with the step size controller, and neither times of
@@ -36,7 +37,7 @@ from .vmap import where_active
 
 class Starts(NamedTuple):
     """Of steps: what is needed to differentiate them. Those of a segment have a leading
-    axis, and that of the step with number `i` is at `i % length`."""
+    axis."""
 
     # The end of the step before; and the start and the end of this one.
     t_prev: Any
@@ -154,9 +155,14 @@ class Segments:
         # There is a valid step in every place: an element of a batch that makes none is
         # pulled back through one all the same, with a gradient of zero.
         return jtu.tree_map(
-            lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))),
+            lambda x: jnp.broadcast_to(x, (self.length + 1, *jnp.shape(x))),
             self._start(init_state, init_state.tprev),
         )
+
+    def place(self, number: Array) -> Array:
+        """That of a step in `Starts`. There is one more than a segment has steps: the
+        last step of a solve may be a rejected one."""
+        return number % (self.length + 1)
 
     def _start(self, state, t_last: Array) -> Starts:
         stored = self.stored(state, t_last)
@@ -230,25 +236,28 @@ class Segments:
             return (n % self.length == 0) & (n > last)
 
         def step(carry):
-            state, t_last = carry
-            return self._step(body_fun, state, t_last)
+            (state, t_last), starts = carry
+            starts = self._put(
+                starts, stop_gradient(state), t_last, unfinished(state), records
+            )
+            return self._step(body_fun, state, t_last), starts
 
         def outer_body(carry):
-            (state, t_last), last, keeping = carry
+            (state, t_last), starts, last, keeping = carry
 
             def inner_cond(carry):
-                state, _ = carry
+                (state, _), _ = carry
                 # A batch leaves this loop together. (An element that is done must have
                 # no say: Equinox asks for the condition after a step that it then takes
                 # no notice of.)
                 ends = unfinished(state) & is_due(state, last) & records
                 return unfinished(state) & ~eqxi.unvmap_any(ends)
 
-            state, t_last = eqxi.while_loop(
+            (state, t_last), starts = eqxi.while_loop(
                 inner_cond,
                 step,
-                (state, t_last),
-                buffers=lambda carry: buffers(carry[0]),
+                ((state, t_last), starts),
+                buffers=lambda carry: [*buffers(carry[0][0]), carry[1]],
                 kind="lax",
             )
             due = is_due(state, last)
@@ -260,17 +269,18 @@ class Segments:
                 jnp.array(True),
                 self.num_slots,
             )
-            return (state, t_last), jnp.where(due, n, last), keeping
+            return (state, t_last), starts, jnp.where(due, n, last), keeping
 
         def outer_buffers(carry):
-            (state, _), _, keeping = carry
-            return [*buffers(state), keeping.slots.states]
+            (state, _), starts, _, keeping = carry
+            return [*buffers(state), starts, keeping.slots.states]
 
-        (state, t_last), _, keeping = eqxi.while_loop(
+        (state, t_last), starts, _, keeping = eqxi.while_loop(
             lambda carry: unfinished(carry[0][0]),
             outer_body,
             (
                 (init_state, init_state.tprev),
+                self.empty_starts(init_state),
                 jnp.zeros_like(jnp.asarray(init_state.num_accepted_steps)),
                 Keeping.of(self.empty_slots(init_state)),
             ),
@@ -279,7 +289,19 @@ class Segments:
         )
         stored = keeping.slots.states
         times = (stored.tprev, stored.tnext)
-        return state, Record(times, keeping.slots, keeping.num_wanted, t_last)
+        return state, Record(times, keeping.slots, keeping.num_wanted, t_last, starts)
+
+    def _put(self, starts: Starts, state, t_last: Array, active, records=True):
+        """That of the next step, into its place. If the step is rejected then the one
+        after it is put there."""
+        place = self.place(state.num_accepted_steps)
+
+        def put(x, buffer):
+            old = buffer[place]
+            x = where_active(active, x, old)
+            return buffer.at[place].set(jnp.where(records, x, old))
+
+        return jtu.tree_map(put, self._start(state, t_last), starts)
 
     def _step(self, body_fun: Callable, state, t_last: Array):
         new_state = body_fun(state)
@@ -326,16 +348,7 @@ class Segments:
 
             def inner_body(carry):
                 (state, t_last), starts = carry
-                # If the step is rejected then the next one is put into the same place.
-                place = state.num_accepted_steps % self.length
-                active = unfinished(state)
-                starts = jtu.tree_map(
-                    lambda x, buffer: buffer.at[place].set(
-                        where_active(active, x, buffer[place])
-                    ),
-                    self._start(state, t_last),
-                    starts,
-                )
+                starts = self._put(starts, state, t_last, unfinished(state))
                 return self._step(body_fun, state, t_last), starts
 
             (state, t_last), starts = eqxi.while_loop(
@@ -388,8 +401,10 @@ def walk(
     length, n = segments.length, ends.num_steps
     initial = segments.stored(init_state, init_state.tprev)
     static = segments._static(init_state)
-    slots, starts = record.slots, segments.empty_starts(init_state)
+    # (Those of the last segment are there from the way forward.)
+    slots, starts = record.slots, record.starts
     if not has_stored:
+        starts = segments.empty_starts(init_state)
         slots = slots._replace(count=jnp.zeros_like(slots.count))
 
     def recompute(n: Array, slots: Slots, starts: Starts):
@@ -404,26 +419,25 @@ def walk(
     def turn(backward: Backward) -> Backward:
         carry, slots, starts, is_wrong = backward
         n = carry.num_steps
-        top = slots.top()
-        end, starts, slots = recompute(n, slots, starts)
-        lost = is_lost((end.y, end.tprev), (carry.y1, carry.t_after))
-        is_wrong = is_wrong | (lost & (n > 0))
-        first = jnp.maximum(n - length, top)
+        first, last = jnp.maximum(n - length, slots.top()), jnp.maximum(n - 1, 0)
 
         def goes_on(carry):
             return eqxi.unvmap_any(carry.num_steps > first)
 
         def pull(carry):
-            return _pull(segments, undo, init_state, starts, static, carry, first)
+            return _pull(segments, undo, init_state, starts, static, carry, first, last)
 
         carry = lax.while_loop(goes_on, pull, carry)
         # The start of what has been pulled back is of no more use.
         slots = slots.pop((slots.count > 0) & (slots.top() == first))
-        return Backward(carry, slots, starts, is_wrong)
+        n = carry.num_steps
+        end, starts, slots = recompute(n, slots, starts)
+        lost = is_lost((end.y, end.tprev), (carry.y1, carry.t_after))
+        return Backward(carry, slots, starts, is_wrong | (lost & (n > 0)))
 
     y, solver_state = ends.y, ends.solver_state
     if not has_stored:
-        end, *_ = recompute(n, slots, starts)
+        end, starts, slots = recompute(n, slots, starts)
         y, solver_state = end.y, end.solver_state
     carry = undo.start(y, solver_state)
     return lax.while_loop(
@@ -441,13 +455,14 @@ def _pull(
     static: _Stored,
     carry: Carry,
     first: Array,
+    last: Array,
 ) -> Carry:
-    """Through one step."""
+    """Through one step, of those that are there."""
     n = carry.num_steps
     active = n > first
     # An element of a batch that is done is pulled back through its last step again.
-    number = jnp.where(active, n - 1, n)
-    place = number % segments.length
+    number = jnp.minimum(jnp.where(active, n - 1, n), last)
+    place = segments.place(number)
     at: Starts = jtu.tree_map(lambda x: x[place], starts)
     y, stored = eqx.combine((at.y, at.stored), (static.y, static.solver_state))
     is_start = number == 0
