@@ -35,14 +35,15 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     the square root of `max_steps`; if there is no more room then that at every `2n`th,
     and so on. The backward pass makes the `n` steps between two of them again, with the
     step size controller, and then differentiates each at its start: a step costs one
-    more step, and one with its pullback. With `max_steps=None`, after more than 1024
+    more step, and one with its pullback. (Of the last `n` steps nothing is made again,
+    and so of no step of a short solve.) With `max_steps=None`, after more than 1024
     steps, some are made again twice, or more often. The memory of states is less than
     that of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][] by default, for
-    each element of a batch; with what the loops need it has been 0.35 to 1.2 of it. The
+    each element of a batch; with what the loops need it has been 0.1 to 1.2 of it. The
     stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau are
     unrolled (or made by a loop, if they have more than 1000 operations, or with
-    `Tsit5(scan_kind="lax")`). All other solvers are run as they are,
-    and root finders are differentiated implicitly, as by diffrax.
+    `Tsit5(scan_kind="lax")`). All other solvers are run as they are, and root finders
+    are differentiated implicitly, as by diffrax.
 
     The rest, up to *Derivatives*, is about reversible solvers.
 
@@ -81,35 +82,38 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     !!! warning
 
-        A kink where two elements of the state are equal while both move, such as of
-        `jnp.max(y)`, cannot be told from its neighbourhood, unless the derivative of
-        the vector field differs at a stored state. If there are such then take the
-        solver as it is, and not `UReversible(solver)`: what is recomputed is exact.
+        A kink that a step starts at exactly while the solution moves on, such as that
+        of `jnp.max(y)` where two elements are equal, cannot be told from its
+        neighbourhood, unless the derivative of the vector field differs at a stored
+        state. Nor can one which stages of a step are on either side of by rounding
+        alone. If there are such then take the solver as it is, and not
+        `UReversible(solver)`: what is recomputed is exact.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event
     function or `SaveAt(fn=...)` close over; and with respect to `t0`, `t1`,
     `SaveAt(ts=...)`, and the times in [`diffrax.StepTo`][] and
-    [`diffrax.ClipStepSizeController`][]. Step times are treated as constants, except
-    `t0`, `t1` and times passed to the step size controller; the two steps next to one
-    of `ClipStepSizeController(step_ts=...)` move along with it. So the gradient with
-    respect to `dt0` and to tolerances is zero. (Output at given times depends on step
-    times only through its error. So its gradient with respect to a time is that of the
-    true solution up to the order of the solver, also if the vector field jumps at one
-    of `step_ts` or `jump_ts`; but finite differences of a coarse solve differ from it.)
-    If the controller is not told of the time of a jump then the gradient with respect
-    to that time is zero, as with any adjoint of diffrax: give it to
-    `ClipStepSizeController(jump_ts=...)`.
+    [`diffrax.ClipStepSizeController`][]. With [`diffrax.ConstantStepSize`][] the steps
+    move with `t0`, `t1` and `dt0`, as they do in diffrax. The steps that an adaptive
+    controller chose are constants, except `t0`, `t1` and times passed to it; the two
+    steps next to one of `ClipStepSizeController(step_ts=...)` move along with it. So
+    the gradient with respect to its `dt0` and to tolerances is zero. (Output at given
+    times depends on step times only through its error. So its gradient with respect to
+    a time is that of the true solution up to the order of the solver, also if the
+    vector field jumps at one of `step_ts` or `jump_ts`; but finite differences of a
+    coarse solve differ from it. Second derivatives with respect to these times are of
+    one order less.) If the controller is not told of the time of a jump then the
+    gradient with respect to that time is zero, as with any adjoint of diffrax: give it
+    to `ClipStepSizeController(jump_ts=...)`.
 
     **Output at steps:** What `SaveAt(steps=...)` saves depends on where steps end, its
     times above all. So does what is output at the end of a solve that ends at a step:
     at an event that has no root finder, or whose condition is a boolean; or at
-    `max_steps`, with `throw=False`. In a solve with such output and
-    [`diffrax.ConstantStepSize`][] the steps move with `t0`, `t1` and `dt0`, as they
-    really do. If an adaptive step size controller chose the steps, then a gradient of
-    such output with respect to `t0`, `t1`, or the times in the controller raises an
-    error, except of what is output at one of these times. (With respect to `y0`,
-    parameters and tolerances, the steps that it chose are constants, as in diffrax.)
+    `max_steps`, with `throw=False`. If an adaptive step size controller chose the
+    steps, then a gradient of such output with respect to `t0`, `t1`, or the times in
+    the controller raises an error, except of what is output at one of these times.
+    (With respect to `y0`, parameters and tolerances, the steps that it chose are
+    constants, as in diffrax.)
 
     !!! warning
 
@@ -266,13 +270,12 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     elements of the batch share, such as parameters, are summed over the batch in every
     step of the backward pass, or once after it. `True` takes the memory of one gradient
     and not of one for each element, and products of matrices take the place of outer
-    products. `False` is faster if these gradients are small; and for a batch that
-    `jax.jit` splits over several devices, by the shardings of its arguments, as these
-    would exchange their sums in every step. `"auto"` is `True` if the gradients of all
-    elements would take more than 16 MB, there are more than four parameters for each
-    number in `y`, and JAX has but one device. (Under `jax.shard_map` each device sums
-    its own part, so `True` is better there. Under `jax.vmap(..., spmd_axis_name=...)`
-    it is always `False`.)
+    products. `False` is faster, by a tenth, if there are few parameters; and for a
+    batch that `jax.jit` splits over several devices, by the shardings of its arguments,
+    as these would exchange their sums in every step. `"auto"` is `True` if there are
+    more than four parameters for each number in `y`, and JAX has but one device. (Under
+    `jax.shard_map` each device sums its own part, so `True` is better there. Under
+    `jax.vmap(..., spmd_axis_name=...)` it is always `False`.)
 
 **Raises:**
 

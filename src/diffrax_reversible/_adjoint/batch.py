@@ -7,7 +7,6 @@ differentiated for the batch as a whole: its arguments are gathered, and each el
 handed its part of the results.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,10 +83,6 @@ class Batch(NamedTuple):
     @property
     def steps_differ(self) -> bool:
         return any(level.steps_differ for level in self.levels)
-
-    def num_shared_by(self, i: int) -> int:
-        """How many elements share a constant."""
-        return math.prod(x.size for x in self.levels if not x.is_batched[i])
 
     def whole(self, tree: PyTree) -> PyTree:
         """All elements of the batch, along leading axes."""

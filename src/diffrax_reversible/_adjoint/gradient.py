@@ -173,10 +173,9 @@ def _batch(
     return make_batch(levels, consts)
 
 
-# What fits into a cache is faster to be summed at the end, by a tenth. And a sum over a
-# batch makes XLA compute what it is made of once more, unless these are products of
-# matrices or convolutions: then there are more parameters than in pointwise functions.
-_MANY_BYTES = 2**24
+# A sum over a batch makes XLA compute what it is made of once more, unless these are
+# products of matrices or convolutions: then there are more parameters for each number
+# than in pointwise functions.
 _MANY_PARAMETERS = 4
 
 
@@ -184,10 +183,6 @@ def _is_worth_a_sum(fns: Functions, y: PyTree) -> bool:
     if jax.device_count() > 1:
         # The batch may be split over them, which cannot be known here.
         return False
-    num_parameters = num_bytes = 0
-    for i in fns.differentiated:
-        const = fns.consts[i]
-        num_parameters += const.size
-        num_bytes += fns.batch.num_shared_by(i) * const.size * const.dtype.itemsize
+    num_parameters = sum(fns.consts[i].size for i in fns.differentiated)
     size = sum(map(jnp.size, jtu.tree_leaves(y)))
-    return num_bytes > _MANY_BYTES and num_parameters > _MANY_PARAMETERS * size
+    return num_parameters > _MANY_PARAMETERS * size
