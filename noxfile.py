@@ -194,6 +194,7 @@ def examples(session: nox.Session) -> None:
         ("least_squares",),
         ("nuts",),
         ("pinene",),
+        ("ito_populations",),
         ("pharmacology",),
         ("neural_ode_float32",),
         ("digits_neural_ode",),

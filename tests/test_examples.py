@@ -104,6 +104,14 @@ def test_pinene(run_quick, capsys):
     assert "published" in capsys.readouterr().out
 
 
+def test_ito_populations(run_quick, capsys):
+    values, table = run_quick("ito_populations.py")
+    assert values[-1] < values[0]
+    (expected, *_), (grad, *_) = table.values()
+    assert jnp.max(jnp.abs(grad / expected - 1)) < 1e-9
+    assert "smoke test" in capsys.readouterr().out
+
+
 @pytest.mark.exhaustive
 def test_neural_ode_float32(run_quick, capsys):
     results = run_quick("neural_ode_float32.py")

@@ -376,7 +376,7 @@ def rows(batch, n):
     )
     out["stencil of 100 x 100, Tsit5"] = stencil(), tsit5, few, {}
     out["sine of 10^4 numbers, Tsit5"] = sine(), tsit5, few, {}
-    for name in ("Van der Pol 20", "heat"):
+    for name in ("Van der Pol 20", "heat", "Burgers", "pharmacokinetics"):
         problem, options = everyday(name)
         out[f"{name}, Tsit5, PID"] = problem, tsit5, n, options
     out["Van der Pol 20, Tsit5, PID, vmap 64"] = (
