@@ -39,7 +39,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     and so of no step of a short solve.) With `max_steps=None`, after more than 1024
     steps, some are made again twice, or more often. The memory of states is less than
     that of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][] by default, for
-    each element of a batch; with what the loops need it has been 0.1 to 1.2 of it. The
+    each element of a batch; with what the loops need it has been 0.1 to 1.3 of it. The
     stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau are
     unrolled (or made by a loop, if they have more than 1000 operations, or with
     `Tsit5(scan_kind="lax")`). All other solvers are run as they are, and root finders
