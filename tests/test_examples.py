@@ -104,7 +104,8 @@ def test_pinene(run_quick, capsys):
     assert "published" in capsys.readouterr().out
 
 
-def test_ito_populations(run_quick, capsys):
+def test_ito_populations(run_quick, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     values, table = run_quick("ito_populations.py")
     assert values[-1] < values[0]
     (expected, *_), (grad, *_) = table.values()
