@@ -962,3 +962,54 @@ def test_every_solver(name):
     times = jnp.array([0.2, 0.35, 0.6, 1.0, 1.3])
     _, grad = agree(loss, (Y0 + 1, jnp.array(0.7), times, jnp.array([0.5, 1.1])))
     assert all(jnp.all(x != 0) for x in jtu.tree_leaves(grad))
+
+
+@pytest.mark.parametrize("is_constant", [True, False])
+@pytest.mark.one_in(1)
+def test_slope_at_the_end(is_constant):
+    # It is a function of the last time, and of what `y` is there.
+    controller = diffrax.PIDController(rtol=1e-9, atol=1e-9)
+    if is_constant:
+        controller = diffrax.ConstantStepSize()
+
+    def loss(times, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(decay),
+            diffrax.Tsit5(),
+            times[0],
+            times[1],
+            0.01,
+            Y0 + 1,
+            W,
+            saveat=diffrax.SaveAt(t1=True, solver_state=True),
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=256,
+        )
+        return weighted_sum(sol.solver_state[1])
+
+    times = jnp.array([0.2, 1.3])
+    ours, expected = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(times)
+        for adjoint in (ADJOINT, diffrax.RecursiveCheckpointAdjoint())
+    ]
+    # (The steps that a controller chose are constants for us.)
+    assert relative_difference(ours, expected) < (TOL if is_constant else 1e-6)
+
+
+def test_times_of_another_dtype():
+    # (Promotion is strict in the tests.)
+    controller = diffrax.ClipStepSizeController(
+        PID, step_ts=jnp.array([1]), jump_ts=jnp.array([0.5], jnp.float32)
+    )
+
+    def loss(adjoint, params):
+        sol = diffrax.diffeqsolve(
+            *(diffrax.ODETerm(decay), diffrax.Heun(), 0.2, 1.3, 0.1, params, W),
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=64,
+        )
+        return weighted_sum(sol.ys)
+
+    agree(loss, Y0 + 1)
