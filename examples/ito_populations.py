@@ -19,7 +19,6 @@ take", and time and memory of a gradient beside those of `RecursiveCheckpointAdj
 """
 
 import argparse
-import time
 
 import diffrax
 import jax
@@ -28,6 +27,7 @@ import jax.random as jr
 import lineax as lx
 import optax
 from hare_lynx import COUNTS, LOG_COUNTS, YEARS
+from pinene import compare
 
 from diffrax_reversible import ReversibleAdjoint
 
@@ -97,27 +97,6 @@ def fit(keys, steps, updates):
     return log_p, values
 
 
-def compare(log_p, keys, steps, repeats):
-    """Gradient, time in milliseconds, and temporary memory in kB, of both adjoints."""
-    out = {}
-    for adjoint in (diffrax.RecursiveCheckpointAdjoint(), ReversibleAdjoint()):
-        gradient = jax.jit(
-            jax.grad(lambda x, a=adjoint: minus_log_likelihood(x, keys, steps, a))
-        )
-        compiled = gradient.lower(log_p).compile()
-        grad = jax.block_until_ready(compiled(log_p))
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(log_p))
-            times.append(time.perf_counter() - start)
-        analysis = compiled.memory_analysis()
-        assert analysis is not None
-        kilobytes = analysis.temp_size_in_bytes / 1e3
-        out[type(adjoint).__name__] = grad, 1e3 * min(times), kilobytes
-    return out
-
-
 def plot(log_p, keys, steps, filename):
     from matplotlib.figure import Figure
 
@@ -154,7 +133,8 @@ def main(argv=None):
     change = jnp.diff(jnp.asarray(LOG_COUNTS), axis=0)
     walk = jax.scipy.stats.norm.logpdf(change, 0, jnp.std(change, axis=0))
     print(f"log-likelihood: {-values[-1]:.1f}, as last year {jnp.sum(walk):.1f}")
-    table = compare(log_p, keys, steps, repeats)
+    loss = lambda x, adjoint: minus_log_likelihood(x, keys, steps, adjoint)
+    table = compare(loss, log_p, repeats)
     (expected, *_), (grad, *_) = table.values()
     difference = jnp.max(jnp.abs(grad - expected)) / jnp.max(jnp.abs(expected))
     for name, (_, milliseconds, kilobytes) in table.items():

@@ -78,10 +78,11 @@ class CouplingPullback(AbstractPullback):
         """The registers before each coupling, from the start of the step: as far as
         what is found from its end might be on the other side of a kink, or is lost."""
         registers0, value, *_ = self.solver.split(start.y, start.solver_state)
+        last = max(self._last_read, self._last_loss)
 
         def sweep():
             registers, out = list(registers0), []
-            for k in range(max(self._last_read, self._last_loss)):
+            for k in range(last):
                 coupling, shift = self.couplings[k], None
                 if coupling.shift is not None:
                     value_k = value if self._has_value(k) else None
@@ -92,7 +93,7 @@ class CouplingPullback(AbstractPullback):
                 out.append(tuple(registers))
             return out
 
-        if max(self._last_read, self._last_loss) <= self._first_shift:
+        if last <= self._first_shift:
             # That takes no evaluation.
             return [tuple(registers0), *sweep()]
         return [tuple(registers0), *_if(eqxi.unvmap_any(start.is_known), sweep)]
