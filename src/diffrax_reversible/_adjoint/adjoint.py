@@ -103,8 +103,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     vector field jumps at one of `step_ts` or `jump_ts`; but finite differences of a
     coarse solve differ from it. Second derivatives with respect to these times are of
     one order less.) If the controller is not told of the time of a jump then the
-    gradient with respect to that time is zero, as with any adjoint of diffrax: give it
-    to `ClipStepSizeController(jump_ts=...)`.
+    gradient with respect to that time is zero, and with constant steps those with
+    respect to `t0`, `t1` and `dt0` leave out what the jump does to them, as with any
+    adjoint of diffrax: give it to `ClipStepSizeController(jump_ts=...)`.
 
     **Output at steps:** What `SaveAt(steps=...)` saves depends on where steps end, its
     times above all. So does what is output at the end of a solve that ends at a step:
