@@ -62,7 +62,7 @@ QUICK = (
     "tests/test_gradient.py::test_finite_differences",
     "tests/test_gradient.py::test_float32",
     "tests/test_gradient.py::test_solver_controller_term",
-    "tests/test_budget.py::test_steps_made_again",
+    "tests/test_budget.py::test_steps_recomputed",
     "tests/test_near_reversible.py::test_order_of_gradient",
     "tests/test_order.py::test_order",
     "tests/test_order.py::test_order_splitting",

@@ -17,14 +17,7 @@ import numpy as np
 import optimistix
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import (
-    forward,
-    plan,
-    replay,
-    steps,
-    way_back,
-    windows,
-)
+from diffrax_reversible._adjoint import plan
 
 
 #
@@ -449,11 +442,10 @@ def make_args(key, dtype):
     return {"scale": 1 + 0.3 * jax.random.normal(key, (), dtype), "label": "args"}
 
 
-def short_records(monkeypatch, block, window):
-    """Makes records so short that even a short solve does not fit into one."""
-    for module in (steps, forward, plan, replay, way_back, windows):
-        monkeypatch.setattr(module, "BLOCK", block)
-    monkeypatch.setattr(plan, "_WINDOW", window)
+def short_records(monkeypatch):
+    """Makes records so short that even a short solve does not fit into one: of one
+    segment."""
+    monkeypatch.setattr(plan, "_MOST_STEPS", 1)
 
 
 #

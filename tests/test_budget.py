@@ -14,8 +14,7 @@ from diffrax_reversible._adjoint import plan, slots as slots_, verify
 from diffrax_reversible._adjoint.batch import Batch
 from diffrax_reversible._adjoint.functions import Functions
 from diffrax_reversible._adjoint.hoist import Hoister
-from diffrax_reversible._adjoint.slots import Slots
-from diffrax_reversible._diagnose import _made_again
+from diffrax_reversible._diagnose import _recomputed
 
 from .helpers import (
     CouplingLeapfrog,
@@ -32,45 +31,19 @@ CHECKPOINTING = diffrax.RecursiveCheckpointAdjoint()
 
 
 #
-# How many steps are made again
+# How many steps are recomputed
 #
 
 
-def _kept(num_wanted, num_slots):
-    """Those that are left at the end of the way forward."""
-    kept, stride = [], 1
-    for i in range(1, num_wanted + 1):
-        if i % stride == 0 and len(kept) == num_slots:
-            stride *= 2
-            kept = [k for k in kept if k % stride == 0]
-        if i % stride == 0:
-            kept.append(i)
-    return kept
-
-
-def _num_made_again(num_wanted, num_slots):
-    """How many steps, and how many more for a comparison: one from each kept state."""
-    kept = [0, *_kept(num_wanted, num_slots)]
-    stack, total, compared = list(kept), 0, set()
-    for i in reversed(range(1, num_wanted + 1)):
-        if stack[-1] != i:
-            start, free = stack[-1], num_slots - len(stack) + 1
-            compared.update({start}.intersection(kept))
-            stride = -(-(i - start) // (free + 1))
-            total += i - start
-            stack += [*range(start + stride, i, stride)][:free]
-            stack.append(i)
-        stack.pop()
-    return total, len(compared)
-
-
-@pytest.mark.parametrize("num_steps,num_slots", [(9, 8), (40, 4), (40, 8), (65, 16)])
-def test_steps_made_again(num_steps, num_slots):
+@pytest.mark.parametrize("num_steps,checkpoints", [(9, 8), (40, 4), (40, 8), (65, 16)])
+def test_steps_recomputed(num_steps, checkpoints, monkeypatch):
+    monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
     # Of a solver with one evaluation a step.
     counter = Counter()
+    num_slots, length = plan._shared_out(checkpoints, num_steps)
 
     def loss(y0, checkpoint_every):
-        adjoint = dfxr.ReversibleAdjoint(num_slots, checkpoint_every)
+        adjoint = dfxr.ReversibleAdjoint(checkpoints, checkpoint_every)
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: counter.vector_field(y)),
             CouplingLeapfrog(),
@@ -91,13 +64,33 @@ def test_steps_made_again(num_steps, num_slots):
     evaluations, pullbacks = count(1)
     # One more to start with, and its pullback.
     assert pullbacks == num_steps + 1
-    expected, num_compared = _num_made_again(num_steps - 1, num_slots)
-    assert evaluations == 2 * num_steps + 1 + expected + num_compared
-    assert np.sum(_made_again(np.ones(num_steps, bool), num_slots, 1)) == expected
-    if num_slots == 16:
-        # If nothing is wanted, nothing is; but what is rebuilt is compared.
+    wanted = np.arange(num_steps) > 0
+    expected = np.sum(_recomputed(wanted, num_slots, length, num_rows=num_steps))
+    assert evaluations == 2 * num_steps + 1 + expected
+    if checkpoints == 16:
+        # If nothing is wanted, nothing is; but what is rebuilt is compared, twice for
+        # each state that is stored, and for the start.
         evaluations, _ = count(None)
-        assert 2 * num_steps + 1 < evaluations <= 2 * num_steps + 1 + 2 * 18
+        assert evaluations == 2 * num_steps + 1 + 2 * ((num_steps - 1) // length)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 12, 13, 100])
+@pytest.mark.parametrize(
+    "num_slots,length,num_rows", [(0, 1, 3), (4, 12, 2), (3, 2, 9)]
+)
+def test_how_often_steps_are_recomputed(num_steps, num_slots, length, num_rows):
+    # Which `diagnose` predicts.
+    nothing, all_steps = np.zeros(num_steps, bool), np.ones(num_steps, bool)
+    count = ft.partial(
+        _recomputed, num_slots=num_slots, length=length, num_rows=num_rows
+    )
+    # (The states of the last segment are there from the way forward.)
+    last = max(num_steps - 1, 0) // length * length
+    assert np.array_equal(count(all_steps) > 0, np.arange(num_steps) < last)
+    few = count(nothing)
+    assert np.array_equal(few > 0, np.arange(num_steps) < last - num_rows * length)
+    if num_steps <= num_slots * length:
+        assert np.max(count(all_steps), initial=0) <= 1
 
 
 #
@@ -142,13 +135,12 @@ def _gradient(adjoint, max_steps, adaptive, batched):
     return eqx.filter_jit(jax.vmap(fn) if batched else fn)
 
 
-@pytest.mark.parametrize("window", [None, 96, 512])
+@pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize("adaptive,batched", [(False, False), (True, True)])
-def test_windows_and_slots(window, adaptive, batched, monkeypatch):
-    # Short records are made again from the states that are kept, by the host's loop.
+def test_records_and_slots(is_short, adaptive, batched, monkeypatch):
     max_steps = 400
-    if window is not None:
-        short_records(monkeypatch, 16, window)
+    if is_short:
+        short_records(monkeypatch)
         max_steps = None
     mu = jnp.array([0.3, 2.0, 5.0, 8.0])
     y0 = jnp.array([[2.0, 0.0], [1.0, 0.5], [2.0, -0.5], [1.5, 0.0]])
@@ -194,19 +186,19 @@ def test_chaos():
     assert relative_difference(ours, expected) < 1e-6
 
 
-@pytest.mark.parametrize("window", [None, 1024])
-def test_chaos_beyond_all_digits(window, monkeypatch):
-    # What is made again, from the start, may be another solution in the end. That is an
+@pytest.mark.parametrize("is_short", [False, True])
+def test_chaos_beyond_all_digits(is_short, monkeypatch):
+    # What is recomputed, from the start, may be another solution in the end. That is an
     # error; and if it is the same, then the gradient has no digits, as any has none.
-    if window is not None:
-        short_records(monkeypatch, 64, window)
+    if is_short:
+        short_records(monkeypatch)
     pid = diffrax.PIDController(rtol=1e-4, atol=1e-4)
     adjoint = dfxr.ReversibleAdjoint(checkpoints=1)
-    max_steps = 4096 if window is None else None
+    max_steps = None if is_short else 4096
     try:
         ours = _lorenz_gradient(adjoint, 50.0, pid, None, max_steps)
     except RuntimeError as e:
-        assert "could not make the states" in str(e)
+        assert "could not recompute the states" in str(e)
     else:
         assert 1e8 < jnp.max(jnp.abs(ours)) < 1e30
     # By default no state is made from so far.
@@ -365,7 +357,8 @@ def test_before_a_step_that_cannot_be_undone(period, num_slots):
 #
 
 
-def test_a_solution_at_rest():
+def test_a_solution_at_rest(monkeypatch):
+    monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
     # The gradient with respect to the rate is made of roundings in the end, in which
     # what is rebuilt differs. There is nothing to be cured.
     counter = Counter()
@@ -389,9 +382,9 @@ def test_a_solution_at_rest():
 
     jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.array(1.0)))
     evaluations, _ = counter.take()
-    # Two increments there and two back; and a few states are made again. (It was 27002,
-    # as all of them were.)
-    assert evaluations < 1.2 * 400 * 24
+    # Two increments there and two back; and a few segments are recomputed. (It was
+    # 27002, as all of them were.)
+    assert evaluations < 1.3 * 400 * 24
 
 
 def test_rounding_of_what_only_adds_up():
@@ -641,6 +634,36 @@ def test_what_was_saved_before_it_grew(kind):
     _compare(loss, jnp.array(1.3), 100 * jnp.finfo(jnp.float64).eps)
 
 
+@pytest.mark.parametrize("max_steps", [7, 9])
+def test_last_segment_is_recorded_before_a_rejected_step(max_steps):
+    # Or one is read from where another has been put: with nothing else to tell by, as
+    # the solution is zero for this parameter.
+    def loss(p, adjoint):
+        def vector_field(t, y, p):
+            return jnp.stack([p * jnp.cos(3 * t), 1e4 * jnp.maximum(t - 1, 0)])
+
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            SHORT,
+            0.0,
+            2.0,
+            0.01,
+            jnp.zeros(2),
+            p,
+            stepsize_controller=diffrax.PIDController(1e-6, 1e-6, factormax=2.0),
+            adjoint=adjoint,
+            max_steps=max_steps,
+            throw=False,
+        )
+        return sol.ys[0, 0]
+
+    ours, expected = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(0.0)
+        for adjoint in (dfxr.ReversibleAdjoint(2), CHECKPOINTING)
+    ]
+    assert abs(ours / expected - 1) < 100 * jnp.finfo(float).eps
+
+
 def _log(t, y, args):
     return jnp.log(y)
 
@@ -738,17 +761,23 @@ def test_less_memory_than_by_default(size, max_steps, batch):
     assert ours <= default
 
 
-def test_max_steps_costs_nothing():
-    def memory(max_steps):
-        return _memory(dfxr.ReversibleAdjoint(), U, 4, max_steps)
+def test_max_steps_costs_little():
+    def memory(adjoint, solver, max_steps):
+        return _memory(adjoint, solver, 4, max_steps)
 
-    assert memory(10**10) <= 1.1 * memory(None)
-    # And it is no more than some multiple of the record.
-    assert memory(None) < 4 * 10 * plan._WINDOW
+    ours, default = [
+        memory(*which, 10**10)
+        for which in ((dfxr.ReversibleAdjoint(), U), (CHECKPOINTING, diffrax.Tsit5()))
+    ]
+    # That of the record, at its longest.
+    assert ours < 2 * 9 * plan._MOST_STEPS < default
+    # Without a bound, there is as much as for a few thousand steps.
+    without = memory(dfxr.ReversibleAdjoint(), U, None)
+    assert without < memory(dfxr.ReversibleAdjoint(), U, 4096)
 
 
 def test_memory_of_forward_mode():
-    # That of a solve, which has a record too, and as much again for the tangents.
+    # That of a gradient, whose states are stored, and as much again for the tangents.
     def solve(y0):
         adjoint = dfxr.ReversibleAdjoint()
         term = diffrax.ODETerm(lambda t, y, args: jnp.sin(y))
@@ -758,62 +787,32 @@ def test_memory_of_forward_mode():
 
     size = [
         jax.jit(fn).lower(jnp.ones(1000)).compile().memory_analysis().temp_size_in_bytes
-        for fn in (solve, lambda y0: jax.jvp(solve, (y0,), (y0,)))
+        for fn in (
+            jax.grad(lambda y0: jnp.sum(solve(y0))),
+            lambda y0: jax.jvp(solve, (y0,), (y0,)),
+        )
     ]
     assert size[1] < 2.2 * size[0]
 
 
-def test_number_of_slots():
-    found = [plan._num_slots(n) for n in (None, 10, 64, 1000, 4096)]
-    assert found == [32, 2, 3, 20, 32]
-    assert np.all(np.diff([plan._num_slots(n) for n in range(1, 2000)]) >= 0)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_keep_only(size):
-    order = np.random.default_rng(size).permutation(size)
-    for count in range(size + 1):
-        slots = Slots(jnp.zeros(size, int), None, jnp.array(order), jnp.array(count))
-        for which in range(2**size):
-            is_kept = np.array([which >> k & 1 for k in range(size)], bool)
-            found = slots.keep_only(jnp.array(is_kept), jnp.array(True))
-            kept = [*order[:count][is_kept[:count]]]
-            assert found.order[: found.count].tolist() == kept
-            assert sorted(found.order.tolist()) == list(range(size))
-            same = slots.keep_only(jnp.array(is_kept), jnp.array(False))
-            assert same.order.tolist() == order.tolist() and same.count == count
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_which_states_are_kept(seed):
-    """Against the same rule on a list: what is not wanted goes first, and what is
-    wanted is always every so many of them."""
-    rng = np.random.default_rng(seed)
-    size, base = 6, seed % 2
+@pytest.mark.parametrize("size", [1, 2, 5, 6])
+def test_which_states_are_stored(size):
+    # Those of every so many segments, in any turn in which they come.
     slots = slots_.empty(size, jnp.array(0.0))
-    for number in range(base):
-        slots = slots.push(jnp.array(number), jnp.array(0.0), True)
     keeping = slots_.Keeping.of(slots)
-    add = jax.jit(lambda keeping, *args: keeping.add(*args, size - 1))
-    kept, stride, num_wanted = [(n, False) for n in range(base)], 1, 0
-    for number in range(base, 60):
-        pred, is_wanted = rng.random() < 0.7, rng.random() < [0.1, 0.5, 0.9, 1][seed]
-        is_wanted = is_wanted and pred
-        state = jnp.array(float(number))
-        args = jnp.array(number), state, jnp.array(pred), jnp.array(is_wanted)
-        keeping = add(keeping, *args)
-        num_wanted += is_wanted
-        if pred and not (is_wanted and num_wanted % stride):
-            own = kept[base:]
-            if len(kept) == size - 1:
-                if not all(wanted for _, wanted in own):
-                    own = [x for x in own if x[1]]
-                elif is_wanted:
-                    own, stride = own[1::2], 2 * stride
-            kept = kept[:base] + own
-            if not (is_wanted and num_wanted % stride) and len(kept) < size - 1:
-                kept.append((number, is_wanted))
+    add = jax.jit(slots_.Keeping.add)
+    stored, stride = [], 1
+    for k in range(1, 60):
+        for pred in (False, True):
+            keeping = add(keeping, jnp.array(k), jnp.array(3 * k), k + 0.5, pred)
+        if k % stride == 0 and len(stored) == size:
+            stored, stride = stored[2::3], 3 * stride
+        if k % stride == 0:
+            stored.append(k)
         found = keeping.slots
         used = found.order[: found.count]
-        assert found.numbers[used].tolist() == [n for n, _ in kept]
-        assert found.states[used][base:].tolist() == [n for n, _ in kept[base:]]
+        assert found.numbers[used].tolist() == [3 * k for k in stored]
+        assert found.states[used].tolist() == [k + 0.5 for k in stored]
+        assert sorted(found.order.tolist()) == list(range(size))
+    # A third of the slots are always in use.
+    assert len(stored) >= size // 3

@@ -736,3 +736,30 @@ def test_last_step_rejected(max_steps):
     assert jnp.isfinite(gradient(False)).tolist() == [True, False]
     with pytest.raises(RuntimeError, match="stops at `max_steps` with a rejected"):
         gradient(True)
+
+
+@pytest.mark.parametrize("solver", [diffrax.Heun(), RK])
+def test_events_end_no_segment_of_others(solver):
+    # What an element of a batch would do after its event is no reason for the others to
+    # wait: they did so forever.
+    def loss(y0, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.cos(t) + 0 * y),
+            solver,
+            0.0,
+            2.0,
+            0.1,
+            y0,
+            event=diffrax.Event(lambda t, y, args, **kwargs: y - 0.7),
+            adjoint=adjoint,
+            max_steps=20,
+        )
+        return sol.ys[0]
+
+    def gradient(adjoint):
+        total = lambda y0: jnp.sum(jax.vmap(lambda y0: loss(y0, adjoint))(y0))
+        return jax.jit(jax.value_and_grad(total))(jnp.linspace(-0.5, 0.7, 8))
+
+    ours = gradient(dfxr.ReversibleAdjoint(checkpoints=4))
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    assert relative_difference(ours, expected) < 100 * jnp.finfo(float).eps

@@ -59,7 +59,9 @@ def test_states_are_shared_out(num, max_steps):
     assert num_slots + length <= max(num, 1)
     # If each step can be recomputed once alone, then that is how it is.
     if max_steps is not None and num**2 >= 4 * max_steps and num > 1:
-        assert num_slots * length >= max_steps - num % 2
+        assert num_slots * length >= max_steps - 2
+    # See `Keeping`.
+    assert length % 2 == 1
 
 
 @ft.cache
@@ -136,10 +138,10 @@ def test_evaluations(solver, stages, has_slope):
 
 
 def test_evaluations_of_segments():
-    # Of 20 steps each; and of the last, of 10, nothing is recomputed.
+    # Of 19 steps each; and of the last, of 12, nothing is recomputed.
     n = 50
     evaluations, pullbacks = _count(diffrax.Heun(), n, 40)
-    assert evaluations == 2 * (n + 40 + n)
+    assert evaluations == 2 * (n + 38 + n)
     assert pullbacks == 2 * n
 
 

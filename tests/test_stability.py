@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import verify
+from diffrax_reversible._adjoint import plan, verify
 from diffrax_reversible._method import controlled
 
 from .helpers import GenericUReversible, relative_difference
@@ -456,8 +456,9 @@ def test_drift_is_cured(dtype):
 
 
 def test_drift_is_there_to_be_cured(monkeypatch):
-    # Or the test before shows nothing.
+    # Or the test before shows nothing, where no step is recomputed.
     monkeypatch.setattr(verify, "tolerance", lambda y: 1e9)
+    monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
     params = (jnp.array([1.0, 0.3]), jnp.array(1.0))
     num_steps = jnp.array([380.0])
     run = _drifting(jnp.float64, dfxr.ReversibleAdjoint(checkpoints=0), 501)
@@ -562,9 +563,8 @@ def test_diagnose(sign, tmp_path):
         assert x.shape == (1000,)
     assert found.separation[0] == 0 and found.coupling[0] == 1
     assert 0 < found.drift.max() < 1e-8 and found.coupling.min() < 1
-    num_again = found.made_again.sum()
-    # (Of 1010 steps at most 20 states are kept.)
-    assert (num_again > 0) == (found.num_checkpoints > 20) and num_again < 1000
+    # (All of a segment are, and only the last is there.)
+    assert np.all(found.recomputed[found.checkpoints][:-1] > 0)
     found.plot(str(tmp_path / "diagnosis.png"))
     assert (tmp_path / "diagnosis.png").stat().st_size > 1e4
 
@@ -597,23 +597,22 @@ def test_diagnose_prints():
         return str(found).split("\n")
 
     well = diagnose(CONTROLLED, checkpoints=160)
-    assert well.num_checkpoints > 1
+    assert well.num_checkpoints > 1 and well.recomputed.max() == 1
     assert lines(well) == [
         f"160 steps, undone well: the largest drift is {well.drift.max():.1e}, at t = "
         f"{well.ts[well.drift.argmax()]:.4g}.",
-        f"{well.num_checkpoints} states are wanted, 160 can be stored, and 0 steps are "
-        "recomputed.",
+        f"{well.num_checkpoints} states are wanted, {well.max_checkpoints} can be "
+        f"stored, and steps are recomputed {well.recomputed.sum()} times.",
         "Nothing is to be done.",
     ]
     few = diagnose(CONTROLLED, checkpoints=1)
     _, states, todo = lines(few)
-    assert f"1 can be stored, and {few.made_again.sum()} steps are recomp" in states
-    assert todo == (
-        f"To save time, use `ReversibleAdjoint(checkpoints={few.num_checkpoints})`."
-    )
+    assert f"1 can be stored, and steps are recomputed {few.recomputed.sum()}" in states
+    match = re.search(r"`ReversibleAdjoint\(checkpoints=(\d+)\)`.$", todo)
+    assert match is not None
     # So it is.
-    again = diagnose(CONTROLLED, checkpoints=few.num_checkpoints)
-    assert again.made_again.sum() == 0 and lines(again)[2] == "Nothing is to be done."
+    again = diagnose(CONTROLLED, checkpoints=int(match[1]))
+    assert again.recomputed.max() <= 1 and lines(again)[2] == "Nothing is to be done."
 
     forgetful = dfxr.UReversible(diffrax.Heun(), 0.7)
     badly = diagnose(forgetful)

@@ -476,7 +476,7 @@ def test_progress_meter(make, batched, capfd):
 
 def test_progress_of_repeated_steps(monkeypatch):
     # They are made again on the way back, and that is no progress.
-    short_records(monkeypatch, 8, 16)
+    short_records(monkeypatch)
     seen = []
 
     class Meter(diffrax.AbstractProgressMeter):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible._adjoint import plan
 
 from .helpers import GenericLeapfrog, relative_difference
 from .test_counts import Counter
@@ -297,7 +298,7 @@ def test_norm_that_closes_over_parameters():
 #
 
 
-RIGHT, KEPT, ZERO, NAN, INEXACT, MISCOUNTED, FLIPPED = range(7)
+RIGHT, KEPT, ZERO, NAN, INEXACT, MISCOUNTED, FLIPPED, ALTERNATING = range(8)
 
 
 class Remembering(dfxr.AbstractReversibleSolver):
@@ -342,11 +343,14 @@ class Remembering(dfxr.AbstractReversibleSolver):
         y0 = y0 - self._drift(y0)
         force, is_third = terms.vf(t0, y0, args), count % 3 == 0
         y0 = y0 - self._kick(force, count, is_third)
-        factor = jnp.array([1, 0, 0, jnp.nan, 1.001, 1, 1])[self.mode]
+        factor = jnp.array([1, 0, 0, jnp.nan, 1.001, 1, 1, 1])[self.mode]
         force = factor * force
         force = jnp.where(self.mode == KEPT, solver_state["force"], force)
         count = count + jnp.where(self.mode == MISCOUNTED, 1, 0)
         is_third = is_third ^ (self.mode == FLIPPED)
+        # (Right again after two steps.)
+        is_right = solver_state["is_third"] == ((count + 1) % 3 == 0)
+        is_third = is_third ^ ((self.mode == ALTERNATING) & is_right)
         return (
             y0,
             dict(y0=y0, y1=y1),
@@ -383,8 +387,10 @@ def _remembering_gradient(adjoint, mode, args):
     return jax.grad(loss)(args)
 
 
-@pytest.mark.parametrize("mode", range(7))
-def test_state_of_a_solver(mode):
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize("mode", range(8))
+def test_state_of_a_solver(mode, monkeypatch):
+    monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
     # (It was handed on as it was, and the gradient was wrong by up to 150%.)
     args = jnp.array(1.3)
     ours = _remembering_gradient(dfxr.ReversibleAdjoint(), mode, args)
@@ -396,9 +402,19 @@ def test_state_of_a_solver(mode):
     # A few roundings in each step.
     tolerance = 10 * NUM_STEPS * jnp.finfo(float).eps
     assert relative_difference(ours, expected) < tolerance
-    # One a step there, and three back; and two at each of the states that are kept.
+    # One a step there, and three back; and two at each of the states that are stored.
     without_alarm = 4 * NUM_STEPS + 2 * 32
     assert (evaluations < without_alarm) == (mode == RIGHT)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 4])
+def test_what_is_right_after_two_steps(checkpoints):
+    args = jnp.array(1.3)
+    adjoint = dfxr.ReversibleAdjoint(checkpoints)
+    ours = _remembering_gradient(adjoint, ALTERNATING, args)
+    expected = _remembering_gradient(diffrax.RecursiveCheckpointAdjoint(), RIGHT, args)
+    tolerance = 10 * NUM_STEPS * jnp.finfo(float).eps
+    assert relative_difference(ours, expected) < tolerance
 
 
 class Forgetting(dfxr.AbstractCouplingSolver):

@@ -237,27 +237,52 @@ def test_elements_of_other_lengths(solver, adjoint, ks, steps):
     assert abs(jnp.vdot(grad, jnp.cos(ks)) - expected) < TOL * jnp.sum(jnp.abs(grad))
 
 
-@pytest.mark.parametrize("window", [16, 24])
+@pytest.mark.parametrize("checkpoints", [16, 24])
 @pytest.mark.parametrize(
     "solver,rtol",
     [(SOLVERS[0], 1e-4), (dfxr.LeapfrogMidpoint(), None)],
     ids=["UReversible", "LeapfrogMidpoint"],
 )
-def test_windows(solver, rtol, window, monkeypatch):
-    # Without a bound on the steps the record is made again, piece by piece; in a batch
-    # of which some have just as many steps as there is space for.
-    short_records(monkeypatch, 8, window)
-    steps = jnp.array([0, 1, 7, 8, 9, 16, 17, 24, 25, 150])
+def test_segments(solver, rtol, checkpoints, monkeypatch):
+    # Of 8 steps, or of 12; in a batch of which some have just as many.
+    short_records(monkeypatch)
+    steps = jnp.array([0, 1, 7, 8, 9, 12, 16, 17, 24, 25, 150])
     ks, t1 = (
-        jnp.linspace(0.1, 0.5, 10),
+        jnp.linspace(0.1, 0.5, 11),
         jnp.maximum(0.02 * steps.astype(float) - 0.005, 0),
     )
 
     def gradient(max_steps):
-        adjoint = dfxr.ReversibleAdjoint()
+        adjoint = dfxr.ReversibleAdjoint(checkpoints)
         one = lambda k, t1: _decay(solver, adjoint, max_steps, k, t1, 0.02, rtol)
         return jax.jit(jax.vmap(jax.grad(one, has_aux=True)))(ks, t1)
 
     (ours, num_steps), (expected, _) = gradient(None), gradient(256)
     assert rtol is not None or jnp.array_equal(num_steps, steps)
     assert relative_difference(ours, expected) < TOL
+
+
+@pytest.mark.parametrize("checkpoints", [6, "auto"])
+def test_no_nan_of_elements_that_wait(checkpoints):
+    # The vector field is not differentiable just off the solution.
+    def loss(p, y0, t1, adjoint):
+        term = diffrax.ODETerm(lambda t, y, p: 1 + p * jnp.sqrt(y - t))
+        solver = dfxr.UReversible(diffrax.Heun(), 0.9)
+        sol = diffrax.diffeqsolve(
+            term, solver, 0.0, t1, 0.25, y0, p, adjoint=adjoint, max_steps=16
+        )
+        return sol.ys[-1] ** 2
+
+    y0, t1 = jnp.array([0.01, 0.02, 0.015]), 0.25 * jnp.array([7.0, 11.0, 9.0])
+
+    def total(p, adjoint):
+        one = lambda y0, t1: loss(p, y0, t1, adjoint)
+        return jnp.sum(jax.vmap(one)(y0, t1))
+
+    ours = jax.jit(
+        jax.grad(ft.partial(total, adjoint=dfxr.ReversibleAdjoint(checkpoints)))
+    )
+    expected = jax.jit(
+        jax.grad(ft.partial(total, adjoint=diffrax.RecursiveCheckpointAdjoint()))
+    )
+    assert relative_difference(ours(0.1), expected(0.1)) < TOL

@@ -1,5 +1,6 @@
 import functools as ft
-from typing import Any, cast
+import math
+from typing import Any, cast, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -10,12 +11,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ._adjoint.adjoint import ReversibleAdjoint
-from ._adjoint.drift import distance
-from ._adjoint.plan import made_jump_example, make_forward
+from ._adjoint.coupling_pullback import make_pullback
+from ._adjoint.plan import made_jump_example, make_segments
+from ._adjoint.record import asks, at_rest, Recorder, Starts
 from ._adjoint.rule import inner_loop, with_arrays
-from ._adjoint.steps import Window
+from ._adjoint.segments import Segments
 from ._adjoint.verify import tolerance
 from ._compat import ArrayTree, BoolScalarLike, host_loop, PyTree, RealScalarLike, Terms
+from ._drift import distance
+from ._method.base import AbstractReversibleSolver
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
 from ._registry import to_reversible
@@ -40,9 +44,10 @@ class Diagnosis(eqx.Module):
     - `drift`: The distance between `y` and what it is rebuilt as, starting from the end
         of the solve or from the next of the `checkpoints`, whichever is sooner;
         relative to the size of `y`.
-    - `made_again`: How often the step is recomputed on the backward pass, as fewer
-        states are stored than should be. Integers. (More are recomputed if verification
-        fails.)
+    - `recomputed`: How often the step is recomputed on the backward pass: once, if it
+        is next to one of the `checkpoints`, or one of so many steps that there is no
+        record of it; and more often, if more states would have to be stored for that
+        than can be. Integers. (More are recomputed if verification fails.)
     - `max_checkpoints`: How many states can be stored. An integer.
     - `tolerance`: The `drift` beyond which verification fails. A number.
     - `solution`: The [`diffrax.Solution`][] of the solve.
@@ -53,22 +58,21 @@ class Diagnosis(eqx.Module):
     coupling: Float[np.ndarray, " steps"]
     checkpoints: Bool[np.ndarray, " steps"]
     drift: Float[np.ndarray, " steps"]
-    made_again: Int[np.ndarray, " steps"]
+    recomputed: Int[np.ndarray, " steps"]
     max_checkpoints: int
     tolerance: float
     solution: diffrax.Solution
 
     @property
     def num_checkpoints(self) -> int:
-        """How many states should be stored. With as many `checkpoints` of
-        [`diffrax_reversible.ReversibleAdjoint`][] nothing is recomputed."""
+        """How many states should be stored."""
         return int(np.sum(self.checkpoints))
 
     def __repr__(self) -> str:
         n, wanted, room = len(self.ts), self.num_checkpoints, self.max_checkpoints
         if n == 0:
             return "No steps."
-        again, worst = int(np.sum(self.made_again)), int(np.argmax(self.drift))
+        again, worst = int(np.sum(self.recomputed)), int(np.argmax(self.drift))
         # (Not if it is NaN.)
         is_well = bool(self.drift[worst] <= self.tolerance)
         how = "well" if is_well else "badly"
@@ -77,8 +81,8 @@ class Diagnosis(eqx.Module):
             f"at t = {self.ts[worst]:.4g}."
         )
         states = (
-            f"{wanted} states are wanted, {room} can be stored, and {again} steps are "
-            "recomputed."
+            f"{wanted} states are wanted, {room} can be stored, and steps are "
+            f"recomputed {again} times."
         )
         remedies = []
         if not is_well:
@@ -91,8 +95,10 @@ class Diagnosis(eqx.Module):
                 "a solver that wants states where it needs them, as "
                 "`UReversible(diffrax.Tsit5())`",
             ]
-        elif again > 0:
-            remedies = [f"`ReversibleAdjoint(checkpoints={wanted})`"]
+        elif np.max(self.recomputed) > 1:
+            # (For the states of as many segments as one has steps.)
+            num = 2 * math.ceil(math.sqrt(n))
+            remedies = [f"`ReversibleAdjoint(checkpoints={num})`"]
         todo = "Nothing is to be done."
         if len(remedies) > 0:
             todo = f"To save time, use {', or '.join(remedies)}."
@@ -109,7 +115,7 @@ class Diagnosis(eqx.Module):
         return max(1, min(counts) // 2)
 
     def plot(self, filename: str | None = None) -> Any:
-        """Draws `separation`, `coupling`, `drift` and `made_again` over time, with a
+        """Draws `separation`, `coupling`, `drift` and `recomputed` over time, with a
         line at each of the `checkpoints`. Needs matplotlib.
 
         **Arguments:**
@@ -128,7 +134,7 @@ class Diagnosis(eqx.Module):
             (axes[0], self.separation, "separation of y and z"),
             (axes[1], self.coupling, "coupling"),
             (axes[2], self.drift, "drift"),
-            (axes[3], self.made_again, "made again"),
+            (axes[3], self.recomputed, "recomputed"),
         ):
             ax.plot(self.ts, values, lw=1)
             ax.set_ylabel(label)
@@ -138,7 +144,7 @@ class Diagnosis(eqx.Module):
             ax.set_yscale("log")
         axes[0].set_title(
             f"{len(self.ts)} steps, {self.num_checkpoints} checkpoints (orange), "
-            f"{np.sum(self.made_again)} steps made again"
+            f"{np.sum(self.recomputed)} recomputed steps"
         )
         axes[-1].set_xlabel("t")
         if filename is not None:
@@ -216,47 +222,43 @@ def diagnose(
         discrete_terminating_event=discrete_terminating_event,
     )
     found = sol.stats.pop("diagnosis")
-    num_slots, grid = map(int, sol.stats.pop("slots"))
+    num_slots, length, num_rows = map(int, sol.stats.pop("segments"))
     tol = float(sol.stats.pop("tolerance"))
     n = int(sol.stats["num_accepted_steps"])
     out = {name: np.asarray(x)[:n] for name, x in found.items()}
-    out["made_again"] = _made_again(out["checkpoints"], num_slots, grid)
+    out["recomputed"] = _recomputed(out["checkpoints"], num_slots, length, num_rows)
     if sol.t1 < sol.t0:
         # The host integrates over reversed time.
         out["ts"] = -out["ts"]
-    return Diagnosis(**out, max_checkpoints=num_slots, tolerance=tol, solution=sol)
+    return Diagnosis(
+        **out, max_checkpoints=num_slots + length, tolerance=tol, solution=sol
+    )
 
 
-def _made_again(
-    is_wanted: Bool[np.ndarray, " steps"], num_slots: int, grid: int
+def _recomputed(
+    is_wanted: Bool[np.ndarray, " steps"], num_slots: int, length: int, num_rows: int
 ) -> Int[np.ndarray, " steps"]:
-    """How often each step is made again, if all of them are recorded: which states are
-    kept on the way forward (see `Keeping` and `Forward`), and which on the way back."""
+    """How often each step is recomputed: by segments of this `length`, see `Segments`;
+    of the last `num_rows` of which there is a record."""
     n = len(is_wanted)
-    kept, stride, count = [], 1, 0
-    for i in range(1, n):
-        count += is_wanted[i]
-        may_be_kept = is_wanted[i] or i % grid == 0 or i <= num_slots
-        if not may_be_kept or (is_wanted[i] and count % stride != 0):
+    stack, spacing = [], 1
+    for k in range(1, -(-n // length)):
+        if k % spacing == 0 and len(stack) >= num_slots:
+            stack, spacing = stack[2::3], 3 * spacing
+        if k % spacing == 0 and len(stack) < num_slots:
+            stack.append(k * length)
+    out, last = np.zeros(n, int), max(n - 1, 0) // length
+    # (The states of the last segment are there.)
+    for k in reversed(range(last)):
+        first, stop = k * length, (k + 1) * length
+        stack = [i for i in stack if i < stop]
+        if not np.any(is_wanted[first:stop]) and k >= last - num_rows:
             continue
-        if len(kept) == num_slots:
-            if not np.all(is_wanted[kept]):
-                kept = [k for k in kept if is_wanted[k]]
-            elif is_wanted[i]:
-                kept, stride = kept[1::2], 2 * stride
-        if len(kept) < num_slots and not (is_wanted[i] and count % stride != 0):
-            kept.append(i)
-    out, stack = np.zeros(n, int), [0, *kept]
-    for i in reversed(range(1, n)):
-        while stack[-1] > i:
-            stack.pop()
-        if is_wanted[i] and stack[-1] != i:
-            start = stack[-1]
-            out[start:i] += 1
-            between = [k for k in range(start + 1, i) if is_wanted[k]]
-            free = num_slots + 1 - len(stack)
-            stride = -(-(len(between) + 1) // (free + 1))
-            stack += [*between[stride - 1 :: stride][:free], i]
+        start = stack[-1] if len(stack) > 0 else 0
+        out[start:stop] += 1
+        free = max(num_slots - len(stack), 0)
+        stride = length * -(-(stop - start) // (length * (free + 1)))
+        stack += range(start + stride, first, stride)
     return out
 
 
@@ -286,29 +288,31 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         solver = to_reversible(solver, "diagnose")
         init_state = with_arrays(init_state)
 
-        def make(checkpoints, checkpoint_every):
-            return make_forward(
-                solver,
-                init_state,
-                made_jump_example(stepsize_controller, init_state, args),
-                max_steps,
-                checkpoints,
-                checkpoint_every,
-                records_all=True,
-            )
-
-        # A slot for every step.
-        forward = make(max_steps, 1)
-        real = make(self.adjoint.checkpoints, self.adjoint.checkpoint_every)
-        records = []
+        made_jump = made_jump_example(stepsize_controller, init_state, args)
+        pullback = make_pullback(solver, init_state.solver_state, made_jump)
+        # One for all steps; and how it would be done.
+        segments = Segments(pullback, made_jump, None, 0, max_steps)
+        real = make_segments(
+            pullback,
+            init_state,
+            made_jump,
+            max_steps,
+            self.adjoint.checkpoints,
+            self.adjoint.checkpoint_every,
+        )
+        runs = []
 
         def outer_while_loop(cond_fun, body_fun, init_state, *, max_steps, buffers):
             init_state = with_arrays(init_state)
-
-            final_state, record = forward.run(
-                cond_fun, body_fun, init_state, max_steps=max_steps, buffers=buffers
+            final_state, record = segments.run(
+                cond_fun,
+                body_fun,
+                init_state,
+                max_steps=max_steps,
+                buffers=buffers,
+                records=True,
             )
-            records.append((init_state, final_state, record))
+            runs.append((init_state, final_state, record.starts))
             return final_state
 
         out, stats = host_loop(
@@ -322,90 +326,121 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
             outer_while_loop=outer_while_loop,
             **kwargs,
         )
-        [(init_state, final_state, record)] = records
-        found = _walk_back(
-            forward,
-            record,
-            solver,
-            terms,
-            args,
-            init_state,
-            final_state,
-            max_steps,
-            self.adjoint.checkpoint_every,
-        )
-        slots = (jnp.array(real.num_slots), jnp.array(real.grid))
+        [(init_state, final_state, starts)] = runs
+        every = self.adjoint.checkpoint_every
+        steps = _Steps(segments, solver, init_state, final_state, starts)
+        found = _undo(steps, terms, args, *_wanted(steps, every))
+        assert real.recorder is not None
+        of_segments = (real.num_slots, real.length, real.recorder.num_rows)
         tol = jnp.array(tolerance(init_state.y))
-        return out, {**stats, "diagnosis": found, "slots": slots, "tolerance": tol}
+        segments = jtu.tree_map(jnp.array, of_segments)
+        return out, {
+            **stats,
+            "diagnosis": found,
+            "segments": segments,
+            "tolerance": tol,
+        }
 
 
-def _walk_back(
-    forward,
-    record,
-    solver,
-    terms,
-    args,
-    init_state,
-    final_state,
-    max_steps,
-    checkpoint_every,
-):
-    zero = jnp.array(0)
-    # (Or else of more steps than there are.)
-    every = jnp.array(checkpoint_every or max_steps + 1)
-    window = Window(record.steps, zero, init_state.tprev, every)
-    static = eqx.filter((init_state.y, init_state.solver_state), eqx.is_array, True)
+class _State(NamedTuple):
+    y: PyTree
+    solver_state: PyTree
 
-    def cond_fun(carry):
-        index, *_ = carry
-        return index > 0
+
+class _Steps(NamedTuple):
+    """All steps of a solve."""
+
+    segments: Segments
+    solver: AbstractReversibleSolver
+    init_state: Any
+    final_state: Any
+    starts: Starts
+
+    @property
+    def num(self):
+        return self.final_state.num_accepted_steps
+
+    @property
+    def max_steps(self) -> int:
+        return self.segments.length
+
+    @property
+    def end(self) -> _State:
+        return _State(self.final_state.y, self.final_state.solver_state)
+
+    def start(self, index) -> tuple[Starts, _State]:
+        static = (self.init_state.y, self.init_state.solver_state)
+        at: Starts = jtu.tree_map(lambda x: x[index], self.starts)
+        static = eqx.filter(static, eqx.is_array, inverse=True)
+        return at, _State(*eqx.combine((at.y, at.stored), static))
+
+
+def _wanted(steps: _Steps, every: int | None):
+    """Of each step: whether it cannot be undone, and whether the state at its start
+    should be stored."""
+    solver = steps.solver
 
     def body_fun(carry):
-        num_steps, rebuilt, slots, out = carry
-        index = num_steps - 1
-        block = forward.format.read(window, index[None])
-        _, t0, t1, made_jump = block.times(jnp.array(0))
-        y1, state1 = rebuilt
-        state1 = forward.format.read_recorded(
-            block, state1, jnp.array(0), state1, jnp.array(False)
-        )
-        y0, _, state0 = solver.backward_step(terms, t0, t1, y1, args, state1, made_jump)
-        # All steps but the first have a slot.
-        stored, _ = slots.top_state(forward.kept(init_state, init_state.tprev))
-        y_stored, state_stored = eqx.combine(stored, static)
+        index, held, needed, wanted = carry
+        at, old = steps.start(index)
+        _, new = steps.start(index + 1)
+        new = _where(index + 1 < steps.num, new, steps.end)
+        made_jump = False if at.made_jump is None else at.made_jump
+        needs, wants = asks(solver, old.solver_state, new.solver_state, made_jump)
+        held, leaves = at_rest(solver, held, old, new)
+        needs = needs | leaves
+        wants = needs | wants
+        if every is not None:
+            wants = wants | (index % every == 0)
         # (The start of the solve is there anyway.)
-        needs, wants = block.is_needed[0], block.is_wanted[0] & (index > 0)
-        drift = distance(y0, y_stored, y1)
-        separation, m = _coupling(solver, y_stored, state_stored)
+        wants = wants & (index > 0)
+        needed, wanted = needed.at[index].set(needs), wanted.at[index].set(wants)
+        return index + 1, held, needed, wanted
+
+    held = Recorder(solver, False, None, 1).no_marks(steps.init_state).held
+    no = jnp.zeros(steps.max_steps, bool)
+    carry = (jnp.zeros_like(steps.num), held, no, no)
+    cond_fun = lambda carry: carry[0] < steps.num
+    _, _, needed, wanted = lax.while_loop(cond_fun, body_fun, carry)
+    return needed, wanted
+
+
+def _undo(steps: _Steps, terms, args, needed, wanted):
+    solver, recorder = steps.solver, Recorder(steps.solver, False, None, 1)
+
+    def body_fun(carry):
+        num_steps, rebuilt, out = carry
+        index = num_steps - 1
+        at, stored = steps.start(index)
+        y1, state1 = rebuilt
+        state1 = recorder.with_recorded(state1, stored.solver_state)
+        made_jump = False if at.made_jump is None else at.made_jump
+        y0, _, state0 = solver.backward_step(
+            terms, at.t0, at.t1, y1, args, state1, made_jump
+        )
+        drift = distance(y0, stored.y, y1)
+        separation, m = _coupling(solver, stored.y, stored.solver_state)
         values = dict(
-            ts=t0,
+            ts=at.t0,
             separation=separation,
             coupling=m,
-            checkpoints=wants,
-            drift=jnp.where(needs, 0, drift),
+            drift=jnp.where(needed[index], 0, drift),
         )
         out = {name: out[name].at[index].set(x) for name, x in values.items()}
-        rebuilt = jtu.tree_map(
-            lambda a, b: jnp.where(wants, a, b) if eqx.is_array(a) else a,
-            (y_stored, state_stored),
-            (y0, state0),
-        )
-        return index, rebuilt, slots.pop(slots.count > 0), out
+        rebuilt = _where(wanted[index], stored, _State(y0, state0))
+        return index, rebuilt, out
 
-    n = final_state.num_accepted_steps
-    dtype = rms(init_state.y).dtype
-    nan = jnp.full(max_steps, jnp.nan, dtype)
-    out = dict(
-        ts=nan,
-        separation=nan,
-        coupling=nan,
-        checkpoints=jnp.zeros(max_steps, bool),
-        drift=nan,
+    nan = jnp.full(steps.max_steps, jnp.nan, rms(steps.init_state.y).dtype)
+    out = dict(ts=nan, separation=nan, coupling=nan, drift=nan)
+    carry = (steps.num, steps.end, out)
+    *_, out = lax.while_loop(lambda carry: carry[0] > 0, body_fun, carry)
+    return {**out, "checkpoints": wanted}
+
+
+def _where(pred, a: PyTree, b: PyTree) -> PyTree:
+    return jtu.tree_map(
+        lambda x, y: jnp.where(pred, x, y) if eqx.is_array(x) else x, a, b
     )
-    final = (final_state.y, final_state.solver_state)
-    carry = (n, final, record.slots, out)
-    *_, out = lax.while_loop(cond_fun, body_fun, carry)
-    return out
 
 
 def _coupling(solver, y, solver_state):

@@ -13,7 +13,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Real
 
 from ._adjoint.adjoint import ReversibleAdjoint
-from ._adjoint.drift import check_tolerance, default_tolerance, distance
 from ._backwards import Backwards, Retrace, with_recorded
 from ._compat import (
     ArrayTree,
@@ -24,6 +23,7 @@ from ._compat import (
     Terms,
     WrapTerm,
 )
+from ._drift import check_tolerance, default_tolerance, distance
 from ._method.base import AbstractReversibleSolver
 from ._method.coupling import AbstractCouplingSolver
 from ._method.tree import stop_gradient

@@ -31,54 +31,49 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     [`diffrax_reversible.AbstractReversibleSolver`][], and [`diffrax.ReversibleHeun`][],
     [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][].
 
-    **Any other solver:** The state at every `n`th step is stored, where `n` is about
-    the square root of `max_steps`; if there is no more room then that at every `2n`th,
-    and so on. The backward pass makes the `n` steps between two of them again, with the
-    step size controller, and then differentiates each at its start: a step costs one
-    more step, and one with its pullback. (Of the last `n` steps nothing is made again,
-    and so of no step of a short solve.) With `max_steps=None`, after more than 1024
-    steps, some are made again twice, or more often. The memory of states is less than
-    that of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][] by default, for
-    each element of a batch; with what the loops need it has been 0.1 to 1.3 of it. The
-    stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau are
-    unrolled (or made by a loop, if they have more than 1000 operations, or with
+    **Segments:** The state at every `n`th step is stored, where `n` is about the square
+    root of `max_steps`; if there is no more room then that at every `3n`th, and so on.
+    The backward pass goes from one of these segments to the one before. It recomputes
+    the steps of a segment, from the last stored state before it, with the step size
+    controller; and then it differentiates each at its start. So a step costs one more
+    step, and one with its pullback. (Of the last `n` steps nothing is recomputed, and
+    so of no step of a short solve.) With `max_steps=None`, or where states take more
+    memory than those of the default adjoint do, some steps are recomputed twice, or
+    more often. The memory of states is less than that of the checkpoints of
+    [`diffrax.RecursiveCheckpointAdjoint`][] by default, for each element of a batch;
+    with what the loops need it has been 0.1 to 1.3 of it.
+
+    The stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau
+    are unrolled (or made by a loop, if they have more than 1000 operations, or with
     `Tsit5(scan_kind="lax")`). All other solvers are run as they are, and root finders
     are differentiated implicitly, as by diffrax.
 
     The rest, up to *Derivatives*, is about reversible solvers.
 
-    **Cost:** On the backward pass every step is undone, and differentiated on the way;
-    the docstring of each solver gives the evaluations. The memory is that of
-    `checkpoints` states, and of a record of the steps: one floating-point number and
-    one byte for each, and what
-    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one more byte
-    for [`diffrax_reversible.UReversible`][]). The record takes at most half the memory
-    of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][], but 48 kB in any
-    case, and has room for 65536 steps at most: where there are more, they are
-    recomputed piece by piece, which takes about one more forward solve. Under
-    `jax.vmap` the elements of a batch share the record if they make the same steps. If
-    each makes steps of its own then **there is a record for each element**, with room
-    for all of `max_steps`: set that to what is needed, or take the solver as it is.
+    **Reversible solvers:** The steps of a segment are undone, and differentiated on the
+    way; the docstring of each solver gives the evaluations. At most 16 states are
+    stored, and as many are kept of a segment (or as many as take 64 kB). Of each step there is a record: one
+    floating-point number (two, and a byte, if there may be jumps), and what
+    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one byte for
+    [`diffrax_reversible.UReversible`][]). It takes at most a fifth of the memory of
+    the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][], for each element of a
+    batch; earlier steps than it has room for are recomputed.
 
-    **Stored states:** Some steps cannot be undone: one that moves an element of the
-    state on that was held exactly until then, as vector fields often have a kink there,
-    such as at zero; and of some solvers others. And where the solution contracts
-    undoing a step amplifies rounding errors. So the solver says at which other steps
-    the state should be stored; `sol.stats["num_checkpoints"]` is how many these are.
-    (All others are stored too while there is room.) If there are more of them than
-    `checkpoints`, then every other one is dropped, as often as it takes. What was
-    dropped is recomputed on the backward pass, forwards from the last stored state, by
-    steps of the recorded sizes. (With `checkpoints=32` that is half a forward solve in
-    all if 64 states are wanted, and 1.6 if it is 1000.)
+    Some steps cannot be undone: one that moves an element of the state on that was held
+    exactly until then, as vector fields often have a kink there, such as at zero; and
+    of some solvers others. And where the solution contracts undoing a step amplifies
+    rounding errors. So the solver says at which other steps the state should be stored;
+    `sol.stats["num_checkpoints"]` is how many these are. A segment with such a step is
+    recomputed, as with any other solver.
 
-    **Verification:** At each stored state, and at the start, what was rebuilt is
-    compared with it: each element of `y` and of the solver state, and what the vector
-    field does with a gradient there. If they differ, then the backward pass begins anew
-    with the state at every 16th step wanted, or that at every step, so that nothing is
-    rebuilt. An error in what is rebuilt costs time, and does not change the result.
-    What is recomputed is compared in turn, with where the backward pass stands. If it
-    differs, as steps of given sizes amplify rounding, an error is raised: that has no
-    cure but more `checkpoints`.
+    **Verification:** At each stored state, at the start, and where a segment has been
+    recomputed, what was rebuilt is compared with it: each element of `y` and of the
+    solver state, and what the vector field does with a gradient there. If they differ,
+    then the backward pass begins anew, and recomputes every segment. An error in what
+    is rebuilt costs time, and does not change the result. What is recomputed is
+    compared in turn, with where the backward pass stands. If it differs, as a solution
+    amplifies rounding beyond all digits, an error is raised: that has no cure but more
+    `checkpoints`.
 
     !!! warning
 
@@ -124,7 +119,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     **Modes:** Reverse (`jax.grad`), forward (`jax.jvp`, `jax.jacfwd`, `jax.linearize`),
     and twice in any order of these (`jax.hessian`). Forward mode makes the solve twice,
-    once with tangents, in the memory of a solve. For second derivatives nothing is
+    once with tangents, in the memory of a gradient. For second derivatives nothing is
     rebuilt: every state is recomputed from the start, with its tangent.
 
     **Raises:**
@@ -135,12 +130,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         something in a step size controller that is not one of diffrax's own.
     - `RuntimeError`, raised by the gradient alone and under `jax.jit` too, if the
         gradient is not finite though the solution that it is pulled back from is; if it
-        is one of output at steps that is not known, see above; if a
-        step size controller starts a step elsewhere than at the end of the step before;
-        if the states of a solve cannot be recomputed, see above; and if a solve with an
-        event stops at `max_steps` with a rejected step. With
-        `diffeqsolve(throw=False)` the gradient is not finite instead, under `jax.vmap`
-        for that element of the batch alone.
+        is one of output at steps that is not known, or if the states of a solve cannot
+        be recomputed, see above; and if a solve with an event stops at `max_steps` with
+        a rejected step. With `diffeqsolve(throw=False)` the gradient is not finite
+        instead, under `jax.vmap` for that element of the batch alone.
 
     ??? cite "Reference"
 
@@ -209,7 +202,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         else:
             solver = reversible
         init_state = with_arrays(init_state)
-        num_checkpoints = []
+        num_wanted = []
         bare_loop = ft.partial(
             loop_without_saving,
             args=args,
@@ -234,7 +227,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             checkpoint_every=self.checkpoint_every,
             sum_over_batch=self.sum_over_batch,
             throw=throw,
-            num_checkpoints=num_checkpoints,
+            num_wanted=num_wanted,
             recomputed=recomputed,
         )
         final_state, stats = host_loop(
@@ -251,22 +244,22 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             outer_while_loop=outer,
             **kwargs,
         )
-        [n] = num_checkpoints
+        [n] = num_wanted
         return final_state, {**stats, "num_checkpoints": n}
 
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `checkpoints`: How many states may be stored, each of which takes the memory of `y`
-    and the solver state. `"auto"` is as many as fit into the memory that
-    [`diffrax.RecursiveCheckpointAdjoint`][] takes; and no more than 32 for a reversible
-    solver: give more to save time where it wants many. With `checkpoints=0` only `y0`
-    and one state at hand are kept, and whatever else is wanted is recomputed from the
-    start.
+- `checkpoints`: How many states may be stored, those of a segment included. Each
+    takes the memory of `y` and the solver state. `"auto"` is as many as fit into the
+    memory that [`diffrax.RecursiveCheckpointAdjoint`][] takes; and no more than 32 for
+    a reversible solver, or as many as take 64 kB: give more to save time where it wants many. With
+    `checkpoints=0` only `y0` and one state at hand are kept, and whatever else is
+    wanted is recomputed from the start.
 - `checkpoint_every`: If an integer `k` then the state at every `k`th step of a
-    reversible solver is wanted too. Use it for one whose backward pass is not stable
-    and that does not say so; otherwise that is found out by verification alone. (What
-    is recomputed needs no such thing, so it is of no effect with any other solver.)
+    reversible solver is wanted too. Use it for one whose steps are not undone well and
+    that does not say so; otherwise that is found out by verification alone. (It is of
+    no effect with any other solver, of which every step is recomputed.)
 - `sum_over_batch`: Whether, under `jax.grad` of `jax.vmap`, the gradients of what the
     elements of the batch share, such as parameters, are summed over the batch in every
     step of the backward pass, or once after it. `True` takes the memory of one gradient

@@ -52,7 +52,6 @@ def check(
     grad_consts: dict[int, Any],
     grad_final_state: PyTree,
     y: PyTree,
-    is_consistent: Array,
     event_is_lost: Array | None,
     is_lost: Array,
     throw: bool,
@@ -62,14 +61,10 @@ def check(
     """Raises an error, or without `throw` makes that gradient (of this element of a
     batch, and of constants what is summed over it) NaN. `y` is that at the end."""
     messages = [
-        "`adjoint=ReversibleAdjoint()` does not support a step size controller that "
-        "starts a step elsewhere than at the end of the step before (or, at a jump, "
-        "just after it), as this one did. Use "
-        "`adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
         "`adjoint=ReversibleAdjoint()` does not support a solve with an event that "
         "stops at `max_steps` with a rejected step, as one element of this batch does. "
         "Use a larger `max_steps`.",
-        "`adjoint=ReversibleAdjoint()` could not make the states of this solve again: "
+        "`adjoint=ReversibleAdjoint()` could not recompute the states of this solve: "
         "rounding errors grow too much from one that is stored to the next. Use a "
         "larger `ReversibleAdjoint(checkpoints=...)`.",
         "The gradient is not finite, though the solution that it was pulled back from "
@@ -81,9 +76,9 @@ def check(
     # If it is not finite then that is not for what it was pulled back from.
     is_finite = all_finite((grads, grad_consts))
     overflow = ~is_finite & all_finite((grad_final_state, y))
-    wrong = jnp.stack([~is_consistent, no_event, is_lost, overflow])
+    wrong = jnp.stack([no_event, is_lost, overflow])
     # (What is not finite is left as it is: others may be right.)
-    is_known = ~jnp.any(wrong[:3])
+    is_known = ~jnp.any(wrong[:2])
     # (Of one number, as what is handed through takes memory; and the same for all of a
     # batch, as their sum must stay.)
     if loses_time is not None and throw:

@@ -11,7 +11,7 @@ linear in one of its arguments (see `linear`):
 | `_SecondTangent` | $F''(x)(u, v)$ | $v$ | `_Hessian`, as a function of $g$ |
 
 The first runs the loop forwards, with tangents; so does the last. The second walks
-back. The third is the derivative in forward mode of a way back on which nothing is
+back. The third is the derivative in forward mode of a backward pass on which nothing is
 rebuilt: all states are made again from the start, by `step`. (What is rebuilt from
 something that counts as a constant has the right value, but not the right tangent.)
 """
@@ -26,10 +26,10 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .check import check_time
-from .forward import Ends, Record
 from .gradient import walk_back
 from .linear import AbstractLinear, apply
 from .problem import Derivative, Inputs, outputs, Parts, Problem, put
+from .record import Ends, Record
 
 
 def differentiate(

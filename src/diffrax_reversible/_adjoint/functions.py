@@ -1,4 +1,4 @@
-"""What the loop calls, with its constants, as the way back uses it."""
+"""What the loop calls, with its constants, as the backward pass uses it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -17,9 +17,8 @@ from .check import check
 from .functions import Functions
 from .linear import Marked
 from .problem import Derivative, Inputs, Problem, put
-from .segments import Segments, walk
+from .segments import Walk
 from .undo import Undo
-from .way_back import WayBack
 
 
 def walk_back(
@@ -35,7 +34,7 @@ def walk_back(
     """The gradients of the `wanted` arrays of the inputs, from those of the `given`
     ones of the final state. It is differentiated with respect to those `varied`."""
     derivative = problem.derivative
-    hoisted, forward = derivative.hoisted, derivative.forward
+    hoisted, segments = derivative.hoisted, derivative.segments
     inputs, ends, record, _ = problem.unflatten(arrays)
     init_state, times, consts, _ = inputs
     all_wanted = set(wanted)
@@ -57,13 +56,12 @@ def walk_back(
     watches = not all_wanted.union(varied).isdisjoint(of_times)
     batch = _batch(derivative, problem, consts, marked)
     fns = Functions(hoisted, consts, differentiated, times_wanted.any_of_steps, batch)
-    pullback = derivative.pullback.choose(fns, is_wanted.init_state.solver_state)
+    pullback = segments.pullback.choose(fns, is_wanted.init_state.solver_state)
     if derivative.sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
         fns = fns._replace(batch=Batch((), consts))
     undo = Undo(
         fns=fns,
         pullback=pullback,
-        format=forward.format,
         ends=ends,
         grad_final_state=grad_final_state,
         times=times,
@@ -72,29 +70,15 @@ def walk_back(
         watches=watches and not derivative.at_steps.is_known,
     )
     rerun = ft.partial(hoisted.call, "rerun", consts, times)
-    if isinstance(forward, Segments):
-        progress = walk(forward, undo, init_state, ends, record, rerun, rebuilds)
-    else:
-        progress = WayBack(
-            fns=fns,
-            undo=undo,
-            forward=forward,
-            init_state=init_state,
-            ends=ends,
-            record=record,
-            checkpoint_every=derivative.checkpoint_every,
-            rerun=rerun,
-            rebuilds=rebuilds,
-        ).walk()
-    carry = progress.carry
+    backward = Walk(segments, undo, init_state, ends, record, rerun, rebuilds).run()
+    carry = backward.carry
     (grad_y0, grad_solver_state0, grad_times), grad_consts = check(
         (carry.grad_y1, carry.grad_solver_state, carry.grad_times),
         fns.sum_consts(carry.grad_consts),
         grad_final_state,
         ends.y,
-        record.is_consistent,
         undo.event_is_lost(),
-        progress.is_lost,
+        backward.is_lost,
         derivative.throw,
         fns.batch,
         carry.loses_time,

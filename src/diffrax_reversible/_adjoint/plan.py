@@ -1,4 +1,5 @@
-"""How much memory is given to what: the number of slots, and of steps in the record."""
+"""How much memory is given to what: to stored states, to those of a segment, and to the
+record of steps."""
 
 import math
 from typing import Any, Literal
@@ -9,25 +10,24 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import without_saving
-from .._method.base import AbstractReversibleSolver
-from .forward import Forward
-from .recomputed import StepPullback
+from .pullback import AbstractPullback
+from .record import Recorder
 from .segments import Segments
-from .steps import BLOCK, Format
 
 
-# The most there are, and how many with `max_steps=None`; and so for steps.
-_SLOTS = 32
-_WINDOW = 2**16
 # The checkpoints that the memory of a solve without a bound is compared with; and what
 # part of it is taken for states, as the loops need some too.
 _NO_BOUND = 64
 _PART = 0.6
+# If steps can be undone: the most states that are stored, and as many of a segment, if
+# they take more than a few bytes; what part of that memory is taken for the record, and
+# the most steps in it.
+_MOST = 16
+_FEW_BYTES = 2**16
+_PART_OF_RECORD = 0.2
+_MOST_STEPS = 2**16
 # A segment of fewer steps takes longer than what is saved by it.
 _SHORT = 16
-# A record of fewer bytes than this is never too long. (So that of `UReversible` is not,
-# with the host's default for `max_steps`.)
-_FEW_BYTES = 3 * 2**14
 
 
 def made_jump_example(stepsize_controller, init_state, args) -> Any:
@@ -51,82 +51,72 @@ def made_jump_example(stepsize_controller, init_state, args) -> Any:
 
 
 def make_segments(
-    pullback: StepPullback,
+    pullback: AbstractPullback,
     init_state,
     made_jump: Any,
     max_steps: int | None,
     checkpoints: int | Literal["auto"],
+    checkpoint_every: int | None,
 ) -> Segments:
     """As many states as fit into the memory of the default adjoint."""
-    # (With a place for one state, and for one start of a step.)
-    segments = Segments(pullback, made_jump, 1, 0)
-    if checkpoints != "auto":
-        return segments.of_size(*_shared_out(checkpoints, max_steps))
     num = _NO_BOUND if max_steps is None else _num_checkpoints(max_steps)
     of_host = num * _num_bytes(without_saving(init_state))
-    of_own = _num_bytes(
-        (segments.empty_slots(init_state), segments.empty_starts(init_state))
-    )
-    # As many of one as of the other: then each step is recomputed once, if there are no
-    # more of them than the square of this.
-    num = max(int(_PART * of_host / of_own), 1)
-    if max_steps is not None:
-        num = min(num, math.ceil(math.sqrt(max_steps)))
-    return segments.of_size(num, num)
+    recorder = None
+    if pullback.undoes:
+        has_jumps = made_jump is not False
+        recorder = Recorder(
+            pullback.solver,  # pyright: ignore[reportArgumentType]
+            has_jumps,
+            checkpoint_every,
+            1,
+        )
+
+    if checkpoints == "auto":
+        # (With a place for one state, and for one start of a step.)
+        one = Segments(pullback, made_jump, None, 1, 0)
+        of_own = _num_bytes((one.empty_slots(init_state), one.empty_starts(init_state)))
+        # As many of one as of the other: then each step is recomputed once, if there
+        # are no more of them than the square of this.
+        num = max(int(_PART * of_host / of_own), 1)
+        if max_steps is not None:
+            num = min(num, math.ceil(math.sqrt(max_steps)))
+        num_slots = length = num
+        if pullback.undoes:
+            # (An odd number of steps.)
+            num_slots = min(num, max(_MOST, _FEW_BYTES // of_own))
+            length = num_slots - 1 + num_slots % 2
+    else:
+        num_slots, length = _shared_out(checkpoints, max_steps)
+    if recorder is not None:
+        of_row = _num_bytes(recorder.empty(init_state, length))
+        num_rows = int(min(_PART_OF_RECORD * of_host / of_row, _MOST_STEPS / length))
+        if max_steps is not None:
+            num_rows = min(num_rows, -(-max_steps // length))
+        recorder = recorder.of_size(max(num_rows, 1))
+    return Segments(pullback, made_jump, recorder, num_slots, length)
 
 
 def _shared_out(num: int, max_steps: int | None) -> tuple[int, int]:
     """So many states among the slots and the segment at hand: whose steps are few if
     there are slots for all of the segments."""
-    length = max(num - num // 2, 1)
+    few, length = 1, max(num - num // 2, 1)
     if max_steps is not None and num**2 > 4 * max_steps:
         # The smaller solution of `(num - length) * length == max_steps`.
         few = math.ceil((num - math.sqrt(num**2 - 4 * max_steps)) / 2)
-        length = max(few, min(length, _SHORT))
-        return min(num - length, -(-max_steps // length)), length
-    return num - length if num > 0 else 0, length
-
-
-def make_forward(
-    solver: AbstractReversibleSolver,
-    init_state,
-    example: Any,
-    max_steps: int | None,
-    checkpoints: int | Literal["auto"],
-    checkpoint_every: int | None,
-    records_all: bool = False,
-) -> Forward:
-    num_slots = _num_slots(max_steps) if checkpoints == "auto" else checkpoints
-    if max_steps is None:
-        length, is_window = _WINDOW, True
-    else:
-        # (Never more slots than steps.)
-        num_slots = min(num_slots, max_steps)
-        num_bytes = jnp.dtype(init_state.tnext.dtype).itemsize + 1
-        num_bytes += _num_bytes(solver.recorded(init_state.solver_state))
-        state_bytes = _num_bytes((init_state.y, init_state.solver_state))
-        enough = max(_num_checkpoints(max_steps) * state_bytes // 2, _FEW_BYTES)
-        length = min(max(enough // num_bytes, 8 * BLOCK), _WINDOW)
-        is_window = max_steps > length and not records_all
-        length = length if is_window else max(max_steps, 1)
-    format = Format(solver, example, length, is_window)
-    grid = -(-format.length // 2) if is_window else -(-length // (num_slots + 1))
-    # (A whole number of blocks: then one turn of the way back goes from one to the
-    # next.)
-    grid = -(-grid // BLOCK) * BLOCK
-    return Forward(solver, format, num_slots, checkpoint_every, grid)
+        length = max(few, min(length, _SHORT, max_steps))
+    # (An odd number of steps, see `Keeping`.)
+    if length % 2 == 0:
+        length += 1 if length == few and length + 1 < num else -1
+    num_slots = max(num - length, 0)
+    if max_steps is not None:
+        num_slots = min(num_slots, -(-max_steps // length))
+    return num_slots, length
 
 
 def _num_checkpoints(max_steps: int) -> int:
     """Those of `RecursiveCheckpointAdjoint`, by default: no more memory than for these
     is to be taken."""
     return math.ceil(-1.5 + math.sqrt(2 * max_steps + 0.25))
-
-
-def _num_slots(max_steps: int | None) -> int:
-    if max_steps is None:
-        return _SLOTS
-    return min(max(_num_checkpoints(max_steps) // 2 - 2, 2), _SLOTS)
 
 
 def _num_bytes(tree: PyTree) -> int:

@@ -11,9 +11,8 @@ from jaxtyping import Array, PyTree
 
 from .._compat import is_save_state
 from . import times as times_
-from .forward import Ends, Forward, Record
 from .hoist import Hoisted
-from .pullback import AbstractPullback
+from .record import Ends, Record
 from .segments import Segments
 
 
@@ -31,10 +30,8 @@ class Derivative(NamedTuple):
     hoisted: Hoisted
     # How many of the constants are those of functions of single steps.
     num_local: int
-    forward: Forward | Segments
-    pullback: AbstractPullback
+    segments: Segments
     at_steps: times_.AtSteps
-    checkpoint_every: int | None
     sum_over_batch: bool | Literal["auto"]
     throw: bool
 
@@ -127,7 +124,7 @@ class Problem(NamedTuple):
         different steps, or save at different times."""
         dims = dims[len(dims) - self.size :]
         inputs, ends, record, _ = self.numbers
-        steps = (ends.num_steps, ends.tprev, ends.saved, record.steps)
+        steps = (ends.num_steps, ends.tprev, ends.saved, record.times)
         steps = (steps, record.slots.numbers, inputs.times.saved)
         return any(dims[i] is not None for i in jtu.tree_leaves(steps))
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -79,7 +80,10 @@ class Rebuilt(NamedTuple):
 
 
 class AbstractPullback(abc.ABC):
+    # That of the loop.
     solver: diffrax.AbstractSolver
+    # Whether a step can be undone; otherwise its start has to be known.
+    undoes: bool = True
     # What can stand in for this one, with the same functions, where it is not enough.
     fallback: "AbstractPullback | None" = None
 
@@ -94,6 +98,33 @@ class AbstractPullback(abc.ABC):
         del fns, perturbed_solver_state
         return self
 
+    def prepare(self, terms, args, state) -> PyTree:
+        """The solver state from which the loop is to start, from the host's state. (It
+        is outside of what we differentiate.)"""
+        del terms, args
+        return state.solver_state
+
+    def finish(self, initial: PyTree, final: PyTree, num_steps: Array) -> PyTree:
+        """The solver state that the host would have at the end, from that before
+        `prepare` and that at the end of the loop."""
+        del initial, num_steps
+        return final
+
+    def stored(self, solver_state: PyTree) -> PyTree:
+        """What has to be stored of a solver state."""
+        return solver_state
+
+    def resumed(self, terms, args, t, y, stored, initial, is_start) -> PyTree:
+        """The solver state from which the loop can go on. `initial` is that at the
+        start of the solve, which this is if `is_start`."""
+        del terms, args, t, y, initial, is_start
+        return stored
+
+    def of_step(self, stored: PyTree, initial: PyTree, is_start: Array) -> PyTree:
+        """The solver state of which a step is differentiated as a function."""
+        del initial, is_start
+        return stored
+
     def stop_recorded(self, y: PyTree, solver_state: PyTree) -> PyTree:
         """What is a constant in the solver state at the end of a solve is one."""
         del y
@@ -107,6 +138,11 @@ class AbstractPullback(abc.ABC):
         is left of it."""
         del fns, t1, y1, num_steps
         return {}, [], None, grad_solver_state
+
+    def undone(self, fns: Functions, step: Step) -> tuple[PyTree, PyTree] | None:
+        """What a step is undone to; or `None` if that is known to be its start, but for
+        rounding."""
+        del fns, step
 
     @abc.abstractmethod
     def prime(self, fns: Functions, t1, y1, solver_state) -> PyTree:
@@ -173,10 +209,8 @@ class GenericPullback(AbstractPullback):
 
     def rebuild(self, fns, carry, step, start, want_dense_info):
         times = (step.t0, step.t1)
-        rebuilt = fns.call(
-            "backward_step", step.made_jump, *times, step.y1, step.solver_state
-        )
-        y0, solver_state0 = start.choose(rebuilt[0], rebuilt[1])
+        rebuilt = self._rebuilt(fns, step, start)
+        y0, solver_state0 = start.choose(*rebuilt)
         constant, varying = fns.split_times((step.made_jump,), times)
         (_, _, dense_info), pull_step = fns.vjp(
             "step", constant, (*varying, y0, solver_state0)
@@ -193,3 +227,23 @@ class GenericPullback(AbstractPullback):
             )
 
         return Rebuilt(rebuilt[0], rebuilt[1], dense_info, pull)
+
+    def _rebuilt(self, fns, step, start) -> tuple[PyTree, PyTree]:
+        """The start of a step, if that is asked for."""
+        known, static = eqx.partition((start.y, start.solver_state), eqx.is_array)
+        rebuilt = lax.cond(
+            start.is_rebuilt,
+            lambda: eqx.filter(self.undone(fns, step), eqx.is_array),
+            lambda: known,
+        )
+        return eqx.combine(rebuilt, static)
+
+    def undone(self, fns, step):
+        return fns.call(
+            "backward_step",
+            step.made_jump,
+            step.t0,
+            step.t1,
+            step.y1,
+            step.solver_state,
+        )

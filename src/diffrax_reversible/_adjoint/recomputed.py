@@ -13,7 +13,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .._jax_compat import eqxi
 from .._method.explicit_rk import NOT_THERE
@@ -25,8 +25,9 @@ from .pullback import AbstractPullback, Grads, Rebuilt
 class StepPullback(AbstractPullback):
     """Of any solver: by the VJP of its own `step`."""
 
-    # That of the loop. It is differentiated in forward mode at most.
+    # (It is differentiated in forward mode at most.)
     solver: diffrax.AbstractSolver
+    undoes = False
 
     def __init__(self, solver: diffrax.AbstractSolver, interpolates: bool):
         self.solver = _with_stages(solver, "lax")
@@ -34,12 +35,9 @@ class StepPullback(AbstractPullback):
         # Whether there may be output in between the steps.
         self._interpolates = interpolates
 
-    def prepare(self, terms, args, state) -> PyTree:
-        """The solver state from which the loop is to start, from the host's state. (It
-        is outside of what we differentiate.)
-
-        At the first step a Runge--Kutta solver of diffrax has no slope yet, and then it
-        evaluates that of all elements of a batch. On the backward pass these come to
+    def prepare(self, terms, args, state):
+        """At the first step a Runge--Kutta solver of diffrax has no slope yet, and then
+        it evaluates that of all elements of a batch. On the backward pass these come to
         their first steps one by one. So it is evaluated here."""
         if not self._has_slope(state.solver_state):
             return state.solver_state
@@ -60,27 +58,10 @@ class StepPullback(AbstractPullback):
         has_init = getattr(type(self._differentiated), "init", None) is host.init
         return has_init and solver_state is not None
 
-    def finish(self, initial: PyTree, final: PyTree, num_steps: Array) -> PyTree:
-        """The solver state that the host would have at the end, from that before
-        `prepare` and that at the end of the loop."""
+    def finish(self, initial, final, num_steps):
         if self._has_slope(initial):
             return _where(num_steps == 0, initial, final)
         return final
-
-    def stored(self, solver_state: PyTree) -> PyTree:
-        """What has to be stored of a solver state."""
-        return solver_state
-
-    def resumed(self, terms, args, t, y, stored, initial, is_start) -> PyTree:
-        """The solver state from which the loop can go on. `initial` is that at the
-        start of the solve, which this is if `is_start`."""
-        del terms, args, t, y, initial, is_start
-        return stored
-
-    def of_step(self, stored: PyTree, initial: PyTree, is_start: Array) -> PyTree:
-        """The solver state of which a step is differentiated as a function."""
-        del initial, is_start
-        return stored
 
     def add_functions(self, hoister, terms, args, step):
         for dense in (False, True) if self._interpolates else (False,):

@@ -15,12 +15,12 @@ from .._method.tree import replace, stop_gradient
 from . import save as save, times as times_, verify as verify
 from .coupling_pullback import make_pullback
 from .derivative import differentiate
-from .forward import Record
 from .guard import without_tangents
 from .hoist import Hoister
-from .plan import made_jump_example, make_forward, make_segments
+from .plan import made_jump_example, make_segments
 from .problem import Derivative, Inputs
 from .pullback import Step
+from .record import Record
 
 
 inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
@@ -64,7 +64,7 @@ def outer_while_loop(
     checkpoint_every,
     sum_over_batch,
     throw,
-    num_checkpoints,
+    num_wanted,
     recomputed,
 ):
     """The host's loop over steps, with our rule for differentiating it.
@@ -73,26 +73,17 @@ def outer_while_loop(
     host does before and after, lies outside this function and is differentiated by JAX.
     """
     init_state = with_arrays(init_state)
-    initial_solver_state = init_state.solver_state
-    if recomputed is not None:
-        # (Otherwise differentiated by JAX.)
-        solver_state = recomputed.prepare(terms, args, init_state)
-        init_state = replace(init_state, solver_state=solver_state)
-    init_state = without_tangents(init_state)
     made_jump = made_jump_example(stepsize_controller, init_state, args)
-    if recomputed is None:
+    pullback = recomputed
+    if pullback is None:
         pullback = make_pullback(solver, init_state.solver_state, made_jump)
-        forward = make_forward(
-            solver,
-            init_state,
-            made_jump,
-            max_steps,
-            checkpoints,
-            checkpoint_every,
-        )
-    else:
-        pullback = recomputed
-        forward = make_segments(pullback, init_state, made_jump, max_steps, checkpoints)
+    initial_solver_state = init_state.solver_state
+    # (Otherwise differentiated by JAX.)
+    solver_state = pullback.prepare(terms, args, init_state)
+    init_state = without_tangents(replace(init_state, solver_state=solver_state))
+    segments = make_segments(
+        pullback, init_state, made_jump, max_steps, checkpoints, checkpoint_every
+    )
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     controller, clipped, unknown = times_.controller_times(
         stepsize_controller, init_state.tprev.dtype
@@ -106,7 +97,7 @@ def outer_while_loop(
 
     def run(init_state, times, records):
         body = _located(times, body_fun)
-        final_state, record = forward.run(
+        final_state, record = segments.run(
             cond_fun,
             body,
             init_state,
@@ -126,33 +117,30 @@ def outer_while_loop(
         made_jump,
     )
     pullback.add_functions(hoister, terms, args, step)
-    if recomputed is None:
+    if pullback.undoes:
         verify.add_functions(hoister, solver, terms, args, step)
     for i, sub in enumerate(subs):
         save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts
     hoister.add("run", run, init_state, times, jnp.array(True))
-    forward.add_rerun(hoister, init_state, times, bare_loop, _located, (terms, args))
+    segments.add_rerun(hoister, init_state, times, bare_loop, _located, (terms, args))
     hoisted, consts = hoister.finish()
 
     derivative = Derivative(
         hoisted,
         num_local,
-        forward,
-        pullback,
+        segments,
         at_steps,
-        checkpoint_every,
         sum_over_batch,
         throw,
     )
     inputs = Inputs(init_state, times, without_tangents(consts), unknown)
     final_state, record = _loop(inputs, derivative=derivative, records=False)
     # Handed to `loop` past the host, which calls this.
-    num_checkpoints.append(record.num_wanted)
+    num_wanted.append(record.num_wanted)
     solver_state = pullback.stop_recorded(final_state.y, final_state.solver_state)
-    if recomputed is not None:
-        n = final_state.num_accepted_steps
-        solver_state = recomputed.finish(initial_solver_state, solver_state, n)
+    n = final_state.num_accepted_steps
+    solver_state = pullback.finish(initial_solver_state, solver_state, n)
     # The locations of the steps are constants, and what else depends on them alone; and
     # the host makes nothing of the last values of event functions but comparisons.
     controller_state = stop_gradient(final_state.controller_state)

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -60,17 +59,6 @@ class Slots(NamedTuple):
     def pop(self, pred: Array) -> "Slots":
         return self._replace(count=self.count - jnp.where(pred, 1, 0))
 
-    def keep_only(self, is_kept: Array, pred: Array) -> "Slots":
-        """Of those in use, if `pred`, frees all others. `is_kept` is in the order of
-        the stack. (This copies no state.)"""
-        is_used = jnp.arange(self.size) < self.count
-        is_kept = jnp.where(pred, is_kept, True) & is_used
-        num_kept = jnp.sum(is_kept)
-        # Those that stay, and then those that are free, each in their order.
-        place = jnp.where(is_kept, jnp.cumsum(is_kept), num_kept + jnp.cumsum(~is_kept))
-        order = jnp.zeros_like(self.order).at[place - 1].set(self.order)
-        return self._replace(order=order, count=num_kept.astype(self.count.dtype))
-
 
 def empty(size: int, state: PyTree) -> Slots:
     """For `size` states like this one, of arrays."""
@@ -83,59 +71,34 @@ def empty(size: int, state: PyTree) -> Slots:
 
 
 class Keeping(NamedTuple):
-    """Which states are kept, if it is not known how many there will be. When the slots
-    are full, those that are not wanted are dropped. If there are none, then every other
-    one is dropped, and from then on half as many of those wanted are kept: so they are
-    always spread evenly."""
+    """Which states are stored, if it is not known how many there will be: those at the
+    starts of all segments; once the slots are full, of every third one; and so on. So
+    they are always spread evenly; and if a segment has an odd number of steps, then
+    there are always an odd number between two of them. (What goes wrong in every other
+    step, as a sign that a `backward_step` forgets, would be right after an even number
+    of them.)"""
 
     slots: Slots
-    # Those slots, from the bottom of the stack, that are not to be touched.
-    base: Array
-    # Of each slot: whether the state in it is wanted.
-    is_wanted: Array
-    # Of how many that are wanted one is kept, and how many there were.
+    # The numbers of those segments are the multiples of this.
     stride: Array
-    num_wanted: Array
 
     @classmethod
     def of(cls, slots: Slots) -> "Keeping":
-        zero = jnp.zeros_like(slots.count)
-        return cls(slots, slots.count, jnp.zeros(slots.size, bool), zero + 1, zero)
+        return cls(slots, jnp.ones_like(slots.count))
 
-    def add(
-        self, number: Array, state: PyTree, pred: Array, is_wanted: Array, capacity: Any
-    ) -> "Keeping":
-        """The next state, if `pred`. No more than `capacity` slots are used."""
-        num_wanted = self.num_wanted + jnp.where(is_wanted, 1, 0)
-        pred = pred & (~is_wanted | (num_wanted % self.stride == 0))
-        is_full = pred & (self.slots.count >= capacity)
-        order, count, stride = lax.cond(
-            eqxi.unvmap_any(is_full),
-            lambda: self._make_room(is_full, is_wanted),
-            lambda: (self.slots.order, self.slots.count, self.stride),
+    def add(self, k: Array, number: Array, state: PyTree, pred: Array) -> "Keeping":
+        """If `pred`, the start of the `k`th segment, which is that of the step with
+        this `number`."""
+        slots, stride = self.slots, self.stride
+        pred = pred & (k % stride == 0)
+        is_full = pred & (slots.count == slots.size)
+        # (The slots that are freed come last; no state is copied.)
+        order = slots.order
+        thinned = jnp.concatenate([order[2::3], order[0::3], order[1::3]])
+        slots = slots._replace(
+            order=jnp.where(is_full, thinned, order),
+            count=jnp.where(is_full, slots.size // 3, slots.count),
         )
-        # There may be no room even so.
-        pred = pred & (~is_wanted | (num_wanted % stride == 0)) & (count < capacity)
-        slots = self.slots._replace(order=order, count=count)
-        slots = slots.push(number, state, pred)
-        slot = order[jnp.minimum(count, slots.size - 1)]
-        here = (jnp.arange(slots.size) == slot) & pred
-        return self._replace(
-            slots=slots,
-            is_wanted=jnp.where(here, is_wanted, self.is_wanted),
-            stride=stride,
-            num_wanted=num_wanted,
-        )
-
-    def _make_room(self, pred: Array, is_wanted: Array) -> tuple[Array, Array, Array]:
-        """`slots.order`, `slots.count` and `stride`."""
-        k = jnp.arange(self.slots.size)
-        others = ~self.is_wanted[self.slots.order]
-        others = others & (k >= self.base) & (k < self.slots.count)
-        has_others = jnp.any(others)
-        halves = pred & is_wanted & ~has_others
-        dropped = jnp.where(
-            has_others, others, (k >= self.base) & ((k - self.base) % 2 == 0)
-        )
-        slots = self.slots.keep_only(~dropped, halves | (pred & has_others))
-        return slots.order, slots.count, jnp.where(halves, 2 * self.stride, self.stride)
+        stride = jnp.where(is_full, 3 * stride, stride)
+        pred = pred & (k % stride == 0)
+        return Keeping(slots.push(number, state, pred), stride)

@@ -10,15 +10,13 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._compat import is_save_state
-from .._jax_compat import eqxi
 from .._method.tree import tree_add
 from . import save as save, times as times_
 from .check import is_nonzero
-from .forward import Ends
 from .functions import Functions
 from .hoist import materialise
 from .pullback import AbstractPullback, Rebuilt, Start, Step
-from .steps import Block, Format
+from .record import Ends
 from .vmap import where_active
 
 
@@ -33,8 +31,7 @@ class Carry(NamedTuple):
     t_after: Array
     y1: PyTree
     solver_state: PyTree
-    # The last state at hand from which something was saved; or where the way back was
-    # begun, or gone on with, if nothing was.
+    # The last state at hand that was known, or from which something was saved.
     y_seen: PyTree
     pullback: PyTree
     # For each `SubSaveAt`.
@@ -49,29 +46,12 @@ class Carry(NamedTuple):
     loses_time: Array | None
 
 
-class Segment(NamedTuple):
-    """Steps that are undone together."""
-
-    block: Block
-    # The number of the first in the block, which is the next to be undone.
-    last: Array
-    # The step the start of which is known, and that start.
-    target: Array
-    y: PyTree
-    solver_state: PyTree
-    # Whether that is the next step, so that nothing has to be rebuilt.
-    is_single: Array
-    # Whether that of every step is known.
-    is_whole: Array
-
-
 class Undo:
     def __init__(
         self,
         *,
         fns: Functions,
         pullback: AbstractPullback,
-        format: Format | None,
         ends: Ends,
         grad_final_state,
         times: times_.Times,
@@ -79,9 +59,8 @@ class Undo:
         at_steps: times_.AtSteps,
         watches: bool,
     ):
-        self._fns = fns
-        self._pullback = pullback
-        self._format = format
+        self.fns = fns
+        self.pullback = pullback
         self._ends = ends
         self._grad_final_state = grad_final_state
         self._times = times
@@ -107,9 +86,7 @@ class Undo:
 
     def prime(self, carry: Carry) -> Carry:
         """To be called where an element goes on that was not active."""
-        pullback = self._pullback.prime(
-            self._fns, carry.t1, carry.y1, carry.solver_state
-        )
+        pullback = self.pullback.prime(self.fns, carry.t1, carry.y1, carry.solver_state)
         return carry._replace(pullback=pullback)
 
     def start(self, y: PyTree, solver_state: PyTree) -> Carry:
@@ -136,9 +113,9 @@ class Undo:
             of_event = (grad.event_tprev, grad.event_tnext, grad.event_dense_info)
             ends_so = times_.ends_where_chosen(self._times, ends)
             loses_time = ends_so & is_nonzero((of_end, of_event))
-        fns = self._fns
+        fns = self.fns
         grad_y1 = materialise(grad.y, eqx.filter(y, eqx.is_inexact_array))
-        new_consts, new_t1, new_y1, grad_solver_state = self._pullback.start(
+        new_consts, new_t1, new_y1, grad_solver_state = self.pullback.start(
             fns, t1, y, grad.solver_state, ends.num_steps
         )
         grad_consts = fns.zero_consts(save.function_names(fns.hoisted))
@@ -152,7 +129,7 @@ class Undo:
             y1=y,
             solver_state=solver_state,
             y_seen=y,
-            pullback=self._pullback.prime(fns, t1, y, solver_state),
+            pullback=self.pullback.prime(fns, t1, y, solver_state),
             saved=ends.saved,
             grad_y1=tree_add(grad_y1, new_y1),
             grad_solver_state=materialise(
@@ -183,38 +160,11 @@ class Undo:
         t_last = jnp.where(no_steps, self._ends.tprev, self._ends.t_last)
         return ft.reduce(jnp.logical_or, was_used) & (event_t1 != t_last)
 
-    def next_step(self, carry: Carry, segment: Segment) -> tuple[Array, Array, Step]:
-        """Its number, the end of the step before it, and the step."""
-        # An element of a batch that is done makes its first step again.
-        number = jnp.maximum(carry.num_steps - 1, 0)
-        k = segment.last - number
-        t_prev, t0, _, made_jump = segment.block.times(k)
-        assert self._format is not None
-        solver_state = self._format.read_recorded(
-            segment.block, carry.solver_state, k, segment.solver_state, segment.is_whole
-        )
-        t0, t1 = self.located(number, t0, carry.t1)
-        return number, t_prev, Step(t0, t1, carry.y1, solver_state, made_jump)
-
     def located(self, number: Array, t0: Array, t1: Array) -> tuple[Array, Array]:
         """The start and the end of a step, as functions of where they come from: if the
-        way back is differentiated."""
+        backward pass is differentiated."""
         t0 = times_.locate(self._times, t0, number)
         return t0, times_.locate(self._times, t1, number + 1)
-
-    def step(self, carry: Carry, segment: Segment, active: Array) -> Carry:
-        """Undoes the next step. An element of a batch that is not `active` stays where
-        it is."""
-        number, t_prev, step = self.next_step(carry, segment)
-        # It makes a step too, with a zero gradient, and from where it is: so that no
-        # NaN comes of it.
-        start = (segment.y, segment.solver_state)
-        start = Start(
-            (number == segment.target) | ~active,
-            eqxi.unvmap_any(active & ~segment.is_single),
-            *_keep(active, start, (step.y1, step.solver_state)),
-        )
-        return self.pull(carry, number, t_prev, step, start, active)
 
     def pull(
         self,
@@ -226,8 +176,8 @@ class Undo:
         active: Array,
     ) -> Carry:
         """Pulls the gradient back through a step, and through what was saved in it."""
-        rebuilt = self._pullback.rebuild(
-            self._fns, carry.pullback, step, start, self._want_dense_info
+        rebuilt = self.pullback.rebuild(
+            self.fns, carry.pullback, step, start, self._want_dense_info
         )
         zero_unless_active = ft.partial(
             jtu.tree_map, lambda g: where_active(active, g, jnp.zeros_like(g))
@@ -246,7 +196,7 @@ class Undo:
         grad_consts = dict(before.grad_consts)
         save.accumulate(grad_consts, grads.consts)
         grad_times = before.grad_times
-        if self._fns.times_vary:
+        if self.fns.times_vary:
             for t, grad, n in (
                 (carry.t_after, grad_end, number + 1),
                 (carry.t1, grad_t1 + grads.t1, number + 1),
@@ -308,7 +258,7 @@ class Undo:
         gradients of where the step after starts, of the start and the end of this step,
         and of `rebuilt.dense_info`.
         """
-        fns, grad = self._fns, self._grad_final_state
+        fns, grad = self.fns, self._grad_final_state
         grad_consts, grad_times = dict(carry.grad_consts), carry.grad_times
         grad_y1 = carry.grad_y1
         grad_dense_info = None

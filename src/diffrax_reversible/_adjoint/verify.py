@@ -1,9 +1,9 @@
 """Whether what was rebuilt is what it was rebuilt for.
 
-The way back compares the two wherever a state is kept: the states themselves, element
-by element; and what they do to the gradient, as a stiff operator multiplies a
-difference that is hardly one. If they differ, it is walked again, with states kept more
-densely.
+The backward pass compares the two wherever a state is stored, or has been recomputed:
+the states themselves, element by element; and what they do to the gradient, as a stiff
+operator multiplies a difference that is hardly one. If they differ, it begins anew, and
+recomputes every state.
 """
 
 import functools as ft

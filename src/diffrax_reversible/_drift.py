@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._method.controlled import precision, rms
+from ._method.controlled import precision, rms
 
 
 def distance(rebuilt, stored, y1):

@@ -1,0 +1,314 @@
+"""What is left of a solve for the backward pass; and what is recorded of its steps, so
+that they can be undone.
+
+Steps are undone, or recomputed, by *segments*. A segment that holds a step which cannot
+be undone, or not without a loss of digits, is marked: it is recomputed.
+"""
+
+import functools as ft
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._compat import is_save_state
+from .._jax_compat import eqxi
+from .._method.base import AbstractReversibleSolver
+from .._method.coupling import AbstractCouplingSolver
+from .._method.tree import same_struct, stop_gradient
+from .save import Saved
+from .slots import Slots
+from .vmap import together
+
+
+class Starts(NamedTuple):
+    """Of steps: what is needed to differentiate them. Those of a segment have a leading
+    axis."""
+
+    # The end of the step before; and the start and the end of this one.
+    t_prev: Any
+    t0: Any
+    t1: Any
+    # `None` if it is known in advance that there are no jumps.
+    made_jump: Any
+    # The arrays of `y`, and of what is stored of the solver state.
+    y: PyTree
+    stored: PyTree
+
+
+class Steps(NamedTuple):
+    """Of the steps of a segment, along the last axis of `t1` and others; and of many
+    segments, along a leading axis."""
+
+    # The end of the step before the first.
+    t_first: Any
+    # The ends of the steps; and if there may be jumps, their starts, and whether each
+    # follows one.
+    t1: Any
+    t0: Any
+    made_jump: Any
+    # What the solver wants recorded: the leaves of `solver.recorded`.
+    recorded: list[Any]
+    # Whether the segment is to be recomputed.
+    is_marked: Any
+
+
+class Record(NamedTuple):
+    """What is left of a solve for the backward pass."""
+
+    # Of the stored states: by these it is known whether the elements of a batch make
+    # the same steps.
+    times: tuple[Any, Any]
+    # Of the last segments, and what is left of the marks at the end. `None` if no step
+    # can be undone.
+    steps: Steps | None
+    marks: "Marks | None"
+    slots: Slots
+    # How many states were wanted.
+    num_wanted: Any
+    # The end of the last accepted step.
+    t_last: Array
+    # Of the last steps.
+    starts: Starts
+
+
+class Ends(NamedTuple):
+    """What is kept of the final state."""
+
+    y: PyTree
+    solver_state: PyTree
+    tprev: Array
+    num_steps: Array
+    # The end of the last accepted step.
+    t_last: Array
+    saved: list[Saved]
+    # `(None, None)` if there are no events.
+    event_times: tuple[Any, Any]
+    # Whether the solve has ended at a root, within the last step. `False` if it cannot.
+    is_root: Any
+
+    @classmethod
+    def of(cls, final_state, record: Record, is_root: Any) -> "Ends":
+        return cls(
+            final_state.y,
+            final_state.solver_state,
+            final_state.tprev,
+            final_state.num_accepted_steps,
+            record.t_last,
+            [
+                Saved(s.saveat_ts_index, s.save_index)
+                for s in jtu.tree_leaves(final_state.save_state, is_leaf=is_save_state)
+            ],
+            (final_state.event_tprev, final_state.event_tnext),
+            is_root,
+        )
+
+
+class Marks(NamedTuple):
+    """What is carried from step to step, to know which segments can be undone."""
+
+    # Of each leaf of `y`: which elements the last accepted step has left as they were.
+    held: list[Array]
+    # Whether this segment is to be recomputed, as far as is known; and how many have
+    # been recorded.
+    is_marked: Array
+    num_recorded: Array
+    # How many states have been wanted so far.
+    num_wanted: Array
+
+
+# By so many roundings an element moves that is at rest.
+_ROUNDING = 8
+
+
+class Recorder:
+    """Records the steps of a reversible solver.
+
+    **Arguments:**
+
+    - `has_jumps`: Whether a step may follow a jump.
+    - `every`: The state at every step whose number is a multiple of this is wanted, or
+        `None`.
+    - `num_rows`: Of how many segments there is room for the steps.
+    """
+
+    def __init__(
+        self,
+        solver: AbstractReversibleSolver,
+        has_jumps: bool,
+        every: int | None,
+        num_rows: int,
+    ):
+        self._solver = solver
+        self._has_jumps = has_jumps
+        self._every = every
+        self.num_rows = num_rows
+
+    def of_size(self, num_rows: int) -> "Recorder":
+        return Recorder(self._solver, self._has_jumps, self._every, num_rows)
+
+    def _leaves(self, solver_state: PyTree) -> list[Any]:
+        return jtu.tree_leaves(self._solver.recorded(solver_state))
+
+    #
+    # On the way forward
+    #
+
+    def empty(self, init_state, length: int) -> Steps:
+        # (An element of a batch may read here though it never made a step.)
+        shape = (self.num_rows, length)
+        times = jnp.full(shape, init_state.tprev)
+        return Steps(
+            t_first=jnp.full(self.num_rows, init_state.tprev),
+            t1=times,
+            t0=times if self._has_jumps else None,
+            made_jump=jnp.zeros(shape, bool) if self._has_jumps else None,
+            recorded=[
+                jnp.broadcast_to(x, (*shape, *jnp.shape(x)))
+                for x in self._leaves(init_state.solver_state)
+            ],
+            is_marked=jnp.zeros(self.num_rows, bool),
+        )
+
+    def no_marks(self, init_state) -> Marks:
+        # (What has been before is not known.)
+        held = [
+            jnp.zeros(x.shape, bool) for x, *_ in _elements(self._solver, init_state)
+        ]
+        return Marks(held, jnp.array(False), jnp.array(0), jnp.array(0))
+
+    def mark(self, marks: Marks, state, new_state, t_last: Array) -> Marks:
+        """After an attempted step. The step before it ended at `t_last`."""
+        index = state.num_accepted_steps
+        accepted = new_state.num_accepted_steps > index
+        needs, wants = asks(
+            self._solver,
+            state.solver_state,
+            new_state.solver_state,
+            state.made_jump if self._has_jumps else False,
+        )
+        held, leaves = at_rest(self._solver, marks.held, state, new_state)
+        # (As all of a batch that makes the same steps record them once.)
+        needs = needs | together(leaves, index)
+        if self._every is not None:
+            wants = wants | (index % self._every == 0)
+        # (The start of the solve is there anyway.)
+        is_wanted = accepted & (needs | wants) & (index > 0)
+        is_marked = is_wanted | (accepted & needs)
+        if not self._has_jumps:
+            # (Then a step is taken to start where the step before ended.)
+            is_marked = is_marked | (accepted & (state.tprev != t_last))
+        return Marks(
+            [jnp.where(accepted, x, y) for x, y in zip(held, marks.held)],
+            marks.is_marked | is_marked,
+            marks.num_recorded,
+            marks.num_wanted + jnp.where(is_wanted, 1, 0),
+        )
+
+    def row(self, starts: Starts, solver_state: PyTree, is_marked: Array) -> Steps:
+        """Of a segment, from its steps."""
+        static = eqx.filter(solver_state, eqx.is_array, inverse=True)
+        return Steps(
+            t_first=starts.t_prev[0],
+            t1=starts.t1,
+            t0=starts.t0 if self._has_jumps else None,
+            made_jump=starts.made_jump,
+            recorded=self._leaves(eqx.combine(starts.stored, static)),
+            is_marked=is_marked,
+        )
+
+    def write(self, steps: Steps, row: Steps, k: Array, pred: Any) -> Steps:
+        """The `k`th segment, if `pred`."""
+
+        def put(x, buffer):
+            return eqxi.buffer_at_set(buffer, k % self.num_rows, x, pred=pred)
+
+        return jtu.tree_map(put, row, steps)
+
+    #
+    # On the backward pass
+    #
+
+    def is_marked(self, steps: Steps, k: Array, marks: Marks) -> Array:
+        """Whether the `k`th segment is to be recomputed; as it is too if there is no
+        record of it any more."""
+        is_lost = k < marks.num_recorded - self.num_rows
+        return is_lost | steps.is_marked[k % self.num_rows]
+
+    def load(
+        self, steps: Steps, starts: Starts, order: Array, k: Array, pred: Array
+    ) -> Starts:
+        """If `pred`, the steps of the `k`th segment, without their states. `order` are
+        the numbers of the steps within that segment, in the places of `starts`."""
+
+        def read(x):
+            return x[k % self.num_rows][order]
+
+        row: Steps = steps._replace(t_first=None, is_marked=None)
+        row = jtu.tree_map(read, row)
+        t_first = steps.t_first[k % self.num_rows]
+        before = steps.t1[k % self.num_rows][jnp.maximum(order - 1, 0)]
+        t_prev = jnp.where(order > 0, before, t_first)
+        t0 = row.t0 if self._has_jumps else t_prev
+        # (Not of the states, which may be large.)
+        new = (t_prev, t0, row.t1, row.made_jump, row.recorded)
+        old = (*starts[:4], self._leaves(starts.stored))
+        *times, recorded = jtu.tree_map(lambda a, b: jnp.where(pred, a, b), new, old)
+        stored = starts.stored
+        if len(recorded) > 0:
+            stored = eqx.tree_at(self._leaves, stored, recorded)
+        return Starts(*times, starts.y, stored)
+
+    def with_recorded(self, solver_state: PyTree, stored: PyTree) -> PyTree:
+        """`solver_state` with its recorded part as it is in `stored`."""
+        recorded = self._leaves(stored)
+        if len(recorded) == 0:
+            return solver_state
+        return eqx.tree_at(self._leaves, solver_state, recorded)
+
+
+def asks(
+    solver: AbstractReversibleSolver, solver_state, new_solver_state, made_jump: Any
+) -> tuple[Any, Any]:
+    """Whether the solver needs the start of a step to be stored, and whether it wants
+    that. Each is `False` if that is known in advance of every step."""
+    states = (solver_state, new_solver_state, made_jump)
+    return solver.needs_checkpoint(*states), solver.wants_checkpoint(*states)
+
+
+def at_rest(
+    solver: AbstractReversibleSolver, held: list[Array], state, new_state
+) -> tuple[list[Array], Array]:
+    """Which elements of `y` a step leaves exactly as they were, or moves by no more
+    than rounding after one that did; and whether it moves any of these by more. The
+    states have a `y` and a `solver_state`.
+
+    Such a step cannot be undone: a vector field may well have a kink where an element
+    is at rest, such as at zero, and what is rebuilt is next to it. From its start on
+    all is well, as couplings undo a rest exactly."""
+    new_held, leaves = [], jnp.array(False)
+    before, after = (_elements(solver, s) for s in (state, new_state))
+    for was_held, old, new in zip(held, before, after, strict=True):
+        pairs = list(zip(old, new, strict=True))
+        is_same = ft.reduce(jnp.logical_and, [a == b for a, b in pairs])
+        size = ft.reduce(jnp.maximum, [jnp.abs(a) for a in old])
+        change = ft.reduce(jnp.maximum, [jnp.abs(b - a) for a, b in pairs])
+        moves = change > _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
+        leaves = leaves | jnp.any(was_held & moves)
+        # (It may set out slowly.)
+        new_held.append(is_same | (was_held & ~moves))
+    return new_held, leaves
+
+
+def _elements(solver: AbstractReversibleSolver, state) -> list[tuple[Array, ...]]:
+    """Of each leaf of `y`: its elements, and what the registers like `y` have in their
+    places."""
+    trees = [state.y]
+    if isinstance(solver, AbstractCouplingSolver):
+        registers = solver.split(state.y, state.solver_state).registers
+        trees += [r for r in registers if same_struct(r, state.y)]
+    trees = stop_gradient(trees)
+    leaves = map(jtu.tree_leaves, eqx.filter(trees, eqx.is_inexact_array))
+    return list(zip(*leaves, strict=True))
