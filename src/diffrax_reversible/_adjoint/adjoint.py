@@ -52,12 +52,12 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     **Reversible solvers:** The steps of a segment are undone, and differentiated on the
     way; the docstring of each solver gives the evaluations. At most 16 states are
-    stored, and as many are kept of a segment (or as many as take 64 kB). Of each step there is a record: one
-    floating-point number (two, and a byte, if there may be jumps), and what
-    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one byte for
-    [`diffrax_reversible.UReversible`][]). It takes at most a fifth of the memory of
-    the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][], for each element of a
-    batch; earlier steps than it has room for are recomputed.
+    stored, and as many are kept of a segment (or as many as take 64 kB). Of each step
+    there is a record: one floating-point number (two, and a byte, if there may be
+    jumps), and what [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects
+    (one byte for [`diffrax_reversible.UReversible`][]). It takes at most a fifth of the
+    memory of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][], for each
+    element of a batch; earlier steps than it has room for are recomputed.
 
     Some steps cannot be undone: one that moves an element of the state on that was held
     exactly until then, as vector fields often have a kink there, such as at zero; and
@@ -252,10 +252,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoints`: How many states may be stored, those of a segment included. Each
     takes the memory of `y` and the solver state. `"auto"` is as many as fit into the
-    memory that [`diffrax.RecursiveCheckpointAdjoint`][] takes; and no more than 32 for
-    a reversible solver, or as many as take 64 kB: give more to save time where it wants many. With
-    `checkpoints=0` only `y0` and one state at hand are kept, and whatever else is
-    wanted is recomputed from the start.
+    memory that [`diffrax.RecursiveCheckpointAdjoint`][] takes; and for a reversible
+    solver no more than 32, or than take 64 kB: give more to save time where it wants
+    many. With `checkpoints=0` only `y0` and one state at hand are kept, and whatever
+    else is wanted is recomputed from the start.
 - `checkpoint_every`: If an integer `k` then the state at every `k`th step of a
     reversible solver is wanted too. Use it for one whose steps are not undone well and
     that does not say so; otherwise that is found out by verification alone. (It is of

@@ -259,7 +259,8 @@ class Recorder:
         stored = starts.stored
         if len(recorded) > 0:
             stored = eqx.tree_at(self._leaves, stored, recorded)
-        return Starts(*times, starts.y, stored)
+        t_prev, t0, t1, made_jump = times
+        return Starts(t_prev, t0, t1, made_jump, starts.y, stored)
 
     def with_recorded(self, solver_state: PyTree, stored: PyTree) -> PyTree:
         """`solver_state` with its recorded part as it is in `stored`."""
