@@ -60,7 +60,15 @@ class Hoisted:
         return eqx.combine(jtu.tree_unflatten(treedef, own), static)
 
     def call(self, name: str, consts: Sequence[Any], *args: Any) -> Any:
-        return self._bind(name, [consts[i] for i in self.uses(name)])(*args)
+        bound = self._bind(name, [consts[i] for i in self.uses(name)])
+        if hasattr(bound, "in_dynamic_struct"):
+            # Under `jax.shard_map` an array may have a sharding where the example had
+            # none, which Equinox takes for another argument.
+            leaves, treedef = bound.in_dynamic_struct
+            arrays = jtu.tree_leaves(eqx.filter(args, eqx.is_array))
+            leaves = [_with_sharding(x, a) for x, a in zip(leaves, arrays)]
+            object.__setattr__(bound, "in_dynamic_struct", (leaves, treedef))
+        return bound(*args)
 
     def vjp(
         self,
@@ -185,6 +193,13 @@ class Hoister:
 
     def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
         return Hoisted(dict(self._functions)), tuple(self._consts)
+
+
+def _with_sharding(struct: Any, x: Any) -> Any:
+    sharding = getattr(jax.eval_shape(lambda: x), "sharding", None)
+    if sharding == struct.sharding:
+        return struct
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
 
 
 def _is_constant(x: Any) -> bool:

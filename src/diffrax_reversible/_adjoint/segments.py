@@ -545,6 +545,8 @@ class Walk:
         # Where there is no more room nothing is stored.
         stride = segments.length * -(-pieces // (free + 1))
         stop = n if pred is True else jnp.where(pred, n, start)
+        # (It may have become weakly typed on the way here.)
+        slots = slots._replace(count=slots.count.astype(slots.order.dtype))
         return self._refill(start, stored, stop, slots, stride, starts)
 
     def _turn(self, backward: Backward) -> Backward:
@@ -553,7 +555,8 @@ class Walk:
             # (Not of what is stored: a branch would copy it.)
             again = check.has_failed
             carry, check = lax.cond(again, self._again, lambda *old: old, carry, check)
-            slots = slots._replace(count=jnp.where(again, 0, slots.count))
+            none = jnp.zeros_like(slots.count)
+            slots = slots._replace(count=jnp.where(again, none, slots.count))
             is_there, is_wrong = is_there & ~again, is_wrong & ~again
         segments, n = self._segments, carry.num_steps
         k = jnp.maximum(n - 1, 0) // segments.length
