@@ -60,7 +60,7 @@ class Hoisted:
         return eqx.combine(jtu.tree_unflatten(treedef, own), static)
 
     def call(self, name: str, consts: Sequence[Any], *args: Any) -> Any:
-        bound = self._bind(name, [consts[i] for i in self.uses(name)])
+        bound: Any = self._bind(name, [consts[i] for i in self.uses(name)])
         if hasattr(bound, "in_dynamic_struct"):
             # Under `jax.shard_map` an array may have a sharding where the example had
             # none, which Equinox takes for another argument.
