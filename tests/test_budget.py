@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan, slots as slots_, verify
+from diffrax_reversible._adjoint import plan, rule, slots as slots_, verify
 from diffrax_reversible._adjoint.batch import Batch
 from diffrax_reversible._adjoint.functions import Functions
 from diffrax_reversible._adjoint.hoist import Hoister
+from diffrax_reversible._compat import without_saving
 from diffrax_reversible._diagnose import _recomputed
 
 from .helpers import (
@@ -759,6 +760,66 @@ def test_less_memory_than_by_default(size, max_steps, batch):
     ours = _memory(dfxr.ReversibleAdjoint(), U, size, max_steps, batch)
     default = _memory(CHECKPOINTING, diffrax.Tsit5(), size, max_steps, batch)
     assert ours <= default
+
+
+def test_memory_hardly_grows():
+    # Of large states: with the record, which is a fraction of one for each.
+    few, many, default = [
+        _memory(adjoint, solver, 1000, n)
+        for adjoint, solver, n in (
+            (dfxr.ReversibleAdjoint(), U, 4000),
+            (dfxr.ReversibleAdjoint(), U, 64_000),
+            (CHECKPOINTING, diffrax.Tsit5(), 4000),
+        )
+    ]
+    assert many < few + 1.1 * 9 * 60_000 and few < 0.6 * default
+
+
+@pytest.mark.parametrize(
+    "size,max_steps", [(1, 64), (2, 4096), (1000, 4096), (1, None)]
+)
+def test_what_memory_is_given_to(size, max_steps, monkeypatch):
+    found = []
+    make = plan.make_segments
+
+    def make_segments(pullback, init_state, *args):
+        found.append((make(pullback, init_state, *args), init_state))
+        return found[-1][0]
+
+    monkeypatch.setattr(rule, "make_segments", make_segments)
+    jax.eval_shape(
+        lambda y0: (
+            diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, args: -y),
+                U,
+                0.0,
+                1.0,
+                0.1,
+                y0,
+                adjoint=dfxr.ReversibleAdjoint(),
+                max_steps=max_steps,
+            ).ys
+        ),
+        jnp.ones(size),
+    )
+    [(segments, init_state)] = found
+    num = 64 if max_steps is None else plan._num_checkpoints(max_steps)
+    of_host = num * plan._num_bytes(without_saving(init_state))
+    states = jax.eval_shape(
+        lambda: (segments.empty_slots(init_state), segments.empty_starts(init_state))
+    )
+    record = jax.eval_shape(
+        lambda: segments.recorder.empty(init_state, segments.length)
+    )
+    size_of = lambda x: sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x)
+    )
+    # (One more state, which is rejected; and at least one row.)
+    assert size_of(states) <= 0.6 * of_host * (1 + 1 / segments.length)
+    assert size_of(record) <= 0.2 * of_host or segments.recorder.num_rows == 1
+    assert segments.length % 2 == 1
+    if size_of(states) > 2 * 2**16:
+        assert segments.num_slots == 16 and segments.length == 15
 
 
 def test_max_steps_costs_little():

@@ -22,6 +22,7 @@ from ._drift import distance
 from ._method.base import AbstractReversibleSolver
 from ._method.controlled import coupling, rms
 from ._method.coupling import AbstractCouplingSolver
+from ._method.tree import statics, tree_where
 from ._registry import to_reversible
 from ._solver.u_reversible import UReversible
 
@@ -369,9 +370,8 @@ class _Steps(NamedTuple):
         return _State(self.final_state.y, self.final_state.solver_state)
 
     def start(self, index) -> tuple[Starts, _State]:
-        static = (self.init_state.y, self.init_state.solver_state)
+        static = statics((self.init_state.y, self.init_state.solver_state))
         at: Starts = jtu.tree_map(lambda x: x[index], self.starts)
-        static = eqx.filter(static, eqx.is_array, inverse=True)
         return at, _State(*eqx.combine((at.y, at.stored), static))
 
 
@@ -384,7 +384,7 @@ def _wanted(steps: _Steps, every: int | None):
         index, held, needed, wanted = carry
         at, old = steps.start(index)
         _, new = steps.start(index + 1)
-        new = _where(index + 1 < steps.num, new, steps.end)
+        new = tree_where(index + 1 < steps.num, new, steps.end)
         made_jump = False if at.made_jump is None else at.made_jump
         needs, wants = asks(solver, old.solver_state, new.solver_state, made_jump)
         held, leaves = at_rest(solver, held, old, new)
@@ -427,7 +427,7 @@ def _undo(steps: _Steps, terms, args, needed, wanted):
             drift=jnp.where(needed[index], 0, drift),
         )
         out = {name: out[name].at[index].set(x) for name, x in values.items()}
-        rebuilt = _where(wanted[index], stored, _State(y0, state0))
+        rebuilt = tree_where(wanted[index], stored, _State(y0, state0))
         return index, rebuilt, out
 
     nan = jnp.full(steps.max_steps, jnp.nan, rms(steps.init_state.y).dtype)
@@ -435,12 +435,6 @@ def _undo(steps: _Steps, terms, args, needed, wanted):
     carry = (steps.num, steps.end, out)
     *_, out = lax.while_loop(lambda carry: carry[0] > 0, body_fun, carry)
     return {**out, "checkpoints": wanted}
-
-
-def _where(pred, a: PyTree, b: PyTree) -> PyTree:
-    return jtu.tree_map(
-        lambda x, y: jnp.where(pred, x, y) if eqx.is_array(x) else x, a, b
-    )
 
 
 def _coupling(solver, y, solver_state):

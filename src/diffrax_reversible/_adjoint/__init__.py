@@ -15,8 +15,9 @@ differentiated by JAX.
 
 **How a solve is made, and made once more:**
 
-- `segments`: the loop forwards, which stores the starts of segments; and the backward
-  pass, from one segment to the one before.
+- `segments`: the loops forwards: which stores the starts of segments, and which
+  recomputes one of them.
+- `backward`: the backward pass, from one segment to the one before.
 - `slots`: the stored states.
 - `record`: the times of steps, so that they can be undone; and which segments are to be
   recomputed even so.

@@ -12,12 +12,12 @@ from jaxtyping import Array, PyTree
 
 from .._compat import is_save_state
 from .._method.tree import replace
+from .backward import Walk
 from .batch import Batch, Level, make_batch
 from .check import check
 from .functions import Functions
 from .linear import Marked
 from .problem import Derivative, Inputs, Problem, put
-from .segments import Walk
 from .undo import Undo
 
 

@@ -124,8 +124,9 @@ class Problem(NamedTuple):
         different steps, or save at different times."""
         dims = dims[len(dims) - self.size :]
         inputs, ends, record, _ = self.numbers
-        steps = (ends.num_steps, ends.tprev, ends.saved, record.times)
-        steps = (steps, record.slots.numbers, inputs.times.saved)
+        steps = (ends.num_steps, ends.tprev, ends.saved, record.slots.numbers)
+        stored = record.slots.states
+        steps = (steps, stored.tprev, stored.tnext, inputs.times.saved)
         return any(dims[i] is not None for i in jtu.tree_leaves(steps))
 
 

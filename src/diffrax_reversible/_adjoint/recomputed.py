@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from .._jax_compat import eqxi
 from .._method.explicit_rk import NOT_THERE
+from .._method.tree import tree_where
 from .._solver.bases import is_given_by_tableau
 from .._solver.unrolled import cast_like, Unrolled
 from .pullback import AbstractPullback, Grads, Rebuilt
@@ -48,7 +49,7 @@ class StepPullback(AbstractPullback):
         )
         f0 = lax.cond(
             eqxi.unvmap_any(first_step),
-            lambda: _where(first_step, slope(), f0),
+            lambda: tree_where(first_step, slope(), f0),
             lambda: f0,
         )
         return jnp.zeros_like(first_step), f0
@@ -60,7 +61,7 @@ class StepPullback(AbstractPullback):
 
     def finish(self, initial, final, num_steps):
         if self._has_slope(initial):
-            return _where(num_steps == 0, initial, final)
+            return tree_where(num_steps == 0, initial, final)
         return final
 
     def add_functions(self, hoister, terms, args, step):
@@ -149,7 +150,7 @@ class ExplicitPullback(StepPullback):
         if initial is None:
             return None
         no, f0 = initial
-        return no, _where(is_start, f0, cast_like(terms.vf(t, y, args), f0))
+        return no, tree_where(is_start, f0, cast_like(terms.vf(t, y, args), f0))
 
     def of_step(self, stored, initial, is_start):
         del stored
@@ -164,7 +165,7 @@ class ExplicitPullback(StepPullback):
             is_given, f0 = solver_state
             if made_jump is not False:
                 is_given = is_given & ~made_jump
-            f0 = _where(is_given, f0, cast_like(terms.vf(t0, y0, args), f0))
+            f0 = tree_where(is_given, f0, cast_like(terms.vf(t0, y0, args), f0))
         y1, _, dense_info, _ = self.solver.make(terms, t0, t1, y0, args, f0)
         return y1, None, dense_info if dense else None
 
@@ -184,16 +185,12 @@ class ExplicitPullback(StepPullback):
         zeros = jtu.tree_map(jnp.zeros_like, grad_f)
         constant, varying = fns.split_times((), (t1,))
         _, pull = fns.vjp("slope", constant, (*varying, y1))
-        grad_consts, (*grad_t1, grad_y1) = pull(_where(is_end, grad_f, zeros))
-        grad_solver_state = nothing, _where(is_end, zeros, grad_f)
+        grad_consts, (*grad_t1, grad_y1) = pull(tree_where(is_end, grad_f, zeros))
+        grad_solver_state = nothing, tree_where(is_end, zeros, grad_f)
         return grad_consts, grad_t1, grad_y1, grad_solver_state
 
     def _grad_out(self, grad_solver_state1):
         return None
-
-
-def _where(pred, a: PyTree, b: PyTree) -> PyTree:
-    return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), a, b)
 
 
 def make_recomputed(solver: diffrax.AbstractSolver, interpolates: bool) -> StepPullback:

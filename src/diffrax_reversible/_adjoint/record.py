@@ -17,7 +17,7 @@ from .._compat import is_save_state
 from .._jax_compat import eqxi
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
-from .._method.tree import same_struct, stop_gradient
+from .._method.tree import same_struct, statics, stop_gradient
 from .save import Saved
 from .slots import Slots
 from .vmap import together
@@ -58,9 +58,6 @@ class Steps(NamedTuple):
 class Record(NamedTuple):
     """What is left of a solve for the backward pass."""
 
-    # Of the stored states: by these it is known whether the elements of a batch make
-    # the same steps.
-    times: tuple[Any, Any]
     # Of the last segments, and what is left of the marks at the end. `None` if no step
     # can be undone.
     steps: Steps | None
@@ -209,7 +206,7 @@ class Recorder:
 
     def row(self, starts: Starts, solver_state: PyTree, is_marked: Array) -> Steps:
         """Of a segment, from its steps."""
-        static = eqx.filter(solver_state, eqx.is_array, inverse=True)
+        static = statics(solver_state)
         return Steps(
             t_first=starts.t_prev[0],
             t1=starts.t1,

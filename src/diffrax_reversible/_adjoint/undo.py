@@ -10,14 +10,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._compat import is_save_state
-from .._method.tree import tree_add
+from .._method.tree import tree_add, tree_where
 from . import save as save, times as times_
 from .check import is_nonzero
 from .functions import Functions
 from .hoist import materialise
 from .pullback import AbstractPullback, Rebuilt, Start, Step
 from .record import Ends
-from .vmap import where_active
+from .vmap import tree_where_active, where_active
 
 
 class Carry(NamedTuple):
@@ -204,7 +204,7 @@ class Undo:
             ):
                 grad = jnp.where(active, grad, 0)
                 grad_times = self._add_time(grad_times, t, grad, n)
-        keep = ft.partial(_keep, active)
+        keep = ft.partial(tree_where_active, active)
         # (`False` if that is known in advance.)
         is_seen: Any = self._grad_dense_infos is not None
         for new, saved in zip(before.saved, old.saved):
@@ -230,7 +230,7 @@ class Undo:
             solver_state=keep(rebuilt.solver_state, old.solver_state),
             y_seen=old.y_seen
             if is_seen is False
-            else _where(active & is_seen, old.y1, old.y_seen),
+            else tree_where(active & is_seen, old.y1, old.y_seen),
             # Of a batch it is one whole, so that it cannot be kept for an element.
             pullback=new_pullback,
             saved=before.saved,
@@ -338,14 +338,6 @@ class Undo:
         if grad is None:
             return grad_times
         return times_.add(grad_times, self._times, t, grad, n)
-
-
-def _keep(pred, new: PyTree, old: PyTree) -> PyTree:
-    return jtu.tree_map(lambda a, b: where_active(pred, a, b), new, old)
-
-
-def _where(pred, new: PyTree, old: PyTree) -> PyTree:
-    return jtu.tree_map(lambda a, b: jnp.where(pred, a, b), new, old)
 
 
 def _none_if_zero(grads: PyTree) -> PyTree:

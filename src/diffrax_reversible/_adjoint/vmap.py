@@ -1,6 +1,8 @@
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 
 @jax.custom_batching.custom_vmap
@@ -57,3 +59,9 @@ def _where_active_vmap(axis_size, in_batched, active, new, old):
         return _where_active(active, new, old), new_batched or old_batched
     axes = (0, 0 if new_batched else None, 0 if old_batched else None)
     return jax.vmap(lax.select, in_axes=axes)(active, new, old), True
+
+
+def tree_where_active(active, new, old):
+    return jtu.tree_map(
+        lambda a, b: where_active(active, a, b) if eqx.is_array(a) else a, new, old
+    )

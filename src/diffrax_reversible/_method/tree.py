@@ -2,12 +2,29 @@ from typing import Any
 
 import equinox as eqx
 import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 
 def stop_gradient(tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
+
+
+def arrays(tree: PyTree) -> PyTree:
+    return eqx.filter(tree, eqx.is_array)
+
+
+def statics(tree: PyTree) -> PyTree:
+    """All but the arrays."""
+    return eqx.filter(tree, eqx.is_array, inverse=True)
+
+
+def tree_where(pred: Any, x: PyTree, y: PyTree) -> PyTree:
+    """`x`, or unless `pred` the arrays of `y`."""
+    return jtu.tree_map(
+        lambda a, b: jnp.where(pred, a, b) if eqx.is_array(a) else a, x, y
+    )
 
 
 def same_struct(x: PyTree, y: PyTree) -> bool:

@@ -1,0 +1,384 @@
+"""The backward pass, from one segment to the one before, in turns:
+
+1. The segment is recomputed, from the last stored state before it; and all of its
+   states are kept (`segments.py`). Or, if the solver is reversible, only the times of
+   its steps are read from the record (`record.py`), unless the segment is marked there.
+2. What has been rebuilt in the turn before is compared with what is known now
+   (`verify.py`). If they differ, the backward pass begins anew, and recomputes every
+   segment.
+3. The gradient is pulled back through each step (`undo.py`): at its start if that is
+   known, and else at what it is undone to.
+
+All elements of a batch go through their segments together, each through its own; so
+none waits for another.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._jax_compat import eqxi
+from .._method.controlled import precision
+from .._method.tree import arrays, tree_where
+from . import verify as verify
+from .check import all_finite
+from .pullback import Start, Step
+from .record import Ends, Record, Starts
+from .segments import Segments, Stored
+from .slots import Slots
+from .undo import Carry, Undo
+from .vmap import tree_where_active
+
+
+class Backward(NamedTuple):
+    """Where the backward pass has got to."""
+
+    carry: Carry
+    slots: Slots
+    starts: Starts
+    # Whether what was recomputed is not what was computed first.
+    is_lost: Array
+    # `None` if no step is undone.
+    check: "Check | None"
+
+
+class Check(NamedTuple):
+    """What is known of the states that have been rebuilt."""
+
+    # The number of the last step whose start was known.
+    since: Array
+    # Whether what the pullback carries belongs to the state at hand. (A batch has it as
+    # one whole: so it is lost to an element that waits for others.)
+    is_primed: Array
+    # What rounding of `y` has done to the gradient, see `verify.differs`.
+    noise: Array
+    # Whether something was found to differ; and whether every segment is recomputed, as
+    # it was once.
+    has_failed: Array
+    is_whole: Array
+
+    def is_rebuilt(self, carry: Carry) -> Array:
+        """Whether the state at hand is."""
+        return self.since > carry.num_steps
+
+
+class _At(NamedTuple):
+    """A step, with its start, as far as that is known."""
+
+    starts: Starts
+    y: PyTree
+    stored: PyTree
+
+    @property
+    def made_jump(self) -> Any:
+        return False if self.starts.made_jump is None else self.starts.made_jump
+
+
+class Walk:
+    """The backward pass.
+
+    **Arguments:**
+
+    - `refill`: The function that recomputes a segment.
+    - `has_stored`: Otherwise all states are recomputed from the start, and no step is
+        undone: what was stored has no tangents, and nor has the end.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        undo: Undo,
+        init_state,
+        ends: Ends,
+        record: Record,
+        refill: Callable,
+        has_stored: bool,
+    ):
+        self._segments = segments
+        self._undo = undo
+        self._init_state = init_state
+        self._ends = ends
+        self._record = record
+        self._refill = refill
+        self._has_stored = has_stored
+        self._initial = segments.stored(init_state, init_state.tprev)
+        self._static = segments.static(init_state)
+        # Unless no step is undone.
+        self._recorder = segments.recorder if has_stored else None
+
+    def run(self) -> Backward:
+        record, ends = self._record, self._ends
+        # (Those of the last segment are there from the way forward.)
+        slots, starts, y, solver_state = record.slots, record.starts, *ends[:2]
+        if not self._has_stored:
+            starts = self._segments.empty_starts(self._init_state)
+            slots = slots._replace(count=jnp.zeros_like(slots.count))
+            n, top = ends.num_steps, self._initial
+            end, starts, slots = self._recompute(n, True, slots, top, starts)
+            y, solver_state = end.y, end.solver_state
+        no, check = jnp.array(False), None
+        if self._recorder is not None:
+            noise = jnp.zeros((), precision(y).dtype)
+            is_whole = eqxi.unvmap_any(self._last_differs(starts))
+            check = Check(ends.num_steps, ~no, noise, no, is_whole)
+        carry = self._undo.start(y, solver_state)
+        backward = Backward(carry, slots, starts, no, check)
+        return lax.while_loop(self._goes_on, self._turn, backward)
+
+    def _goes_on(self, backward: Backward) -> Array:
+        carry, check = backward.carry, backward.check
+        out = eqxi.unvmap_any(carry.num_steps > 0)
+        if check is not None:
+            # (There is one more turn to compare what was rebuilt of the start.)
+            is_rebuilt = eqxi.unvmap_any(check.is_rebuilt(carry))
+            out = out | is_rebuilt | check.has_failed
+        return out
+
+    #
+    # A turn
+    #
+
+    def _turn(self, backward: Backward) -> Backward:
+        carry, slots, starts, is_wrong, check = backward
+        segments, ends = self._segments, self._ends
+        if check is not None:
+            # (Not of what is stored: a branch would copy it.)
+            again = check.has_failed
+            carry, check = lax.cond(again, self._again, lambda *old: old, carry, check)
+            none = jnp.zeros_like(slots.count)
+            slots = slots._replace(count=jnp.where(again, none, slots.count))
+            is_wrong = is_wrong & ~again
+        n = carry.num_steps
+        k = jnp.maximum(n - 1, 0) // segments.length
+        first = k * segments.length
+
+        is_stored, stored = slots.top() == n, slots.top_state(self._initial)
+        slots = slots.pop(is_stored & (slots.count > 0))
+        top = slots.top_state(self._initial)
+        # Whether the states of the next segment are there from the way forward; and
+        # whether they are known.
+        is_there, is_known = n == ends.num_steps, jnp.array(True)
+        step_after: Any = None
+        if check is not None:
+            is_there = is_there & ~check.is_whole
+            is_known = check.is_whole | is_there | self._is_marked(k)
+            step_after = self._at(starts, n).starts
+            starts = self._load(starts, slots.top(), top, k, first, ~is_known)
+        recomputes = is_known & ~is_there & (n > 0)
+        end, starts, slots = self._recompute(n, recomputes, slots, top, starts)
+
+        lost = verify.is_lost(end.y, carry.y1)
+        if check is not None:
+            # (What has been rebuilt is compared more closely.)
+            lost = lost & ~check.is_rebuilt(carry)
+        lost = lost | verify.is_lost(end.tprev, carry.t_after)
+        limit = first
+        if check is not None:
+            known = arrays((end.y, end.solver_state))
+            known = tree_where(is_stored, (stored.y, stored.solver_state), known)
+            known = eqx.combine(known, (self._static.y, self._static.solver_state))
+            has_known = is_stored | recomputes
+            carry, check = self._compare(carry, check, known, has_known, step_after)
+            limit = jnp.where(check.has_failed, n, first)
+
+        last, lands_at = jnp.maximum(n - 1, 0), slots.top()
+        carry = lax.while_loop(
+            lambda carry: eqxi.unvmap_any(carry.num_steps > limit),
+            lambda carry: self._pull(starts, carry, limit, last, is_known, lands_at),
+            carry,
+        )
+        if check is not None:
+            num = n - carry.num_steps
+            check = check._replace(
+                since=jnp.where(is_known, carry.num_steps, check.since),
+                is_primed=~eqxi.unvmap_any(num != eqxi.unvmap_max(num)),
+            )
+        return Backward(carry, slots, starts, is_wrong | (lost & recomputes), check)
+
+    def _at(self, starts: Starts, number: Array) -> _At:
+        place = self._segments.place(number)
+        at: Starts = jtu.tree_map(lambda x: x[place], starts)
+        static = (self._static.y, self._static.solver_state)
+        return _At(at, *eqx.combine((at.y, at.stored), static))
+
+    def _again(self, carry: Carry, check: Check) -> tuple[Carry, Check]:
+        """From the end, all of a batch."""
+        del carry
+        no, ends = jnp.array(False), self._ends
+        check = Check(
+            since=ends.num_steps,
+            is_primed=jnp.ones_like(check.is_primed),
+            noise=jnp.zeros_like(check.noise),
+            has_failed=no,
+            is_whole=~no,
+        )
+        return self._undo.start(ends.y, ends.solver_state), check
+
+    def _recompute(
+        self, n: Array, pred: Any, slots: Slots, top: Stored, starts: Starts
+    ):
+        """The last steps before that with the number `n`, if `pred`: from the `top` of
+        the `slots`."""
+        length, start = self._segments.length, slots.top()
+        pieces = -(-(n - start) // length)
+        free = jnp.maximum(self._segments.num_slots - slots.count, 0)
+        # Where there is no more room nothing is stored.
+        stride = length * -(-pieces // (free + 1))
+        stop = jnp.where(pred, n, start)
+        return self._refill(start, top, stop, slots, stride, starts)
+
+    #
+    # What has been recorded, and what has been rebuilt
+    #
+
+    def _is_marked(self, k: Array) -> Array:
+        record = self._record
+        assert self._recorder is not None
+        assert record.steps is not None and record.marks is not None
+        return self._recorder.is_marked(record.steps, k, record.marks)
+
+    def _load(
+        self,
+        starts: Starts,
+        number: Array,
+        top: Stored,
+        k: Array,
+        first: Array,
+        pred: Array,
+    ) -> Starts:
+        """If `pred`, the steps of a segment, from the record; with the state at its
+        start, if that is the stored one on `top`, whose `number` that is."""
+        assert self._recorder is not None and self._record.steps is not None
+        order = self._segments.order(first)
+        starts = self._recorder.load(self._record.steps, starts, order, k, pred)
+        place, here = self._segments.place(first), pred & (number == first)
+
+        def put(x, buffer):
+            return buffer.at[place].set(jnp.where(here, x, buffer[place]))
+
+        y = jtu.tree_map(put, top.y, starts.y)
+        stored = jtu.tree_map(put, top.solver_state, starts.stored)
+        return starts._replace(y=y, stored=stored)
+
+    def _last_differs(self, starts: Starts) -> Array:
+        """Whether the last step is undone to something else than its start, which is
+        known. (That is one step: where others are compared it may be an even number of
+        them, and what goes wrong in each may be right again.)"""
+        undo, ends = self._undo, self._ends
+        assert self._recorder is not None and self._record.marks is not None
+        at = self._at(starts, jnp.maximum(ends.num_steps - 1, 0))
+        solver_state = self._recorder.with_recorded(ends.solver_state, at.stored)
+        t0, t1 = at.starts.t0, at.starts.t1
+        step = Step(t0, t1, ends.y, solver_state, at.made_jump)
+        rebuilt = undo.pullback.undone(undo.fns, step)
+        if rebuilt is None:
+            return jnp.array(False)
+        known, later, no = at[1:], (ends.y, ends.solver_state), jnp.array(False)
+        found = verify.Found(t0, t1, rebuilt, known, later, no)
+        differs = found.differs(undo.fns, None, all_finite(ends.y))
+        return differs & (ends.num_steps > 0) & ~self._record.marks.is_marked
+
+    def _compare(
+        self,
+        carry: Carry,
+        check: Check,
+        known: tuple[PyTree, PyTree],
+        is_known: Array,
+        step_after: Starts,
+    ) -> tuple[Carry, Check]:
+        """Compares the state at hand with what it is known to be, and takes that."""
+        undo, n = self._undo, carry.num_steps
+        checks = check.is_rebuilt(carry) & is_known
+
+        def compare():
+            found = verify.Found(
+                step_after.t0,
+                step_after.t1,
+                (carry.y1, carry.solver_state),
+                known,
+                (carry.y_seen, carry.solver_state),
+                # (Of the first step it is not known.)
+                n > 0,
+            )
+            return verify.differs(
+                undo.fns,
+                found,
+                carry.grad_y1,
+                carry.grad_consts,
+                check.since - n,
+                check.noise,
+                checks,
+                all_finite(self._ends.y),
+            )
+
+        differs, noise = lax.cond(
+            eqxi.unvmap_any(checks),
+            compare,
+            lambda: (jnp.zeros_like(checks), check.noise),
+        )
+        y1, solver_state = tree_where(is_known, known, (carry.y1, carry.solver_state))
+        y_seen = tree_where(is_known, y1, carry.y_seen)
+        carry = carry._replace(y1=y1, solver_state=solver_state, y_seen=y_seen)
+        if carry.pullback is not None:
+            primes = eqxi.unvmap_any((n > 0) & ~check.is_primed)
+            carry = lax.cond(primes, undo.prime, lambda carry: carry, carry)
+        check = check._replace(
+            since=jnp.where(is_known, n, check.since),
+            noise=noise,
+            # (Together, so that what a batch shares stays shared.)
+            has_failed=eqxi.unvmap_any(checks & differs),
+        )
+        return carry, check
+
+    #
+    # A step
+    #
+
+    def _pull(
+        self,
+        starts: Starts,
+        carry: Carry,
+        limit: Array,
+        last: Array,
+        is_known: Array,
+        lands_at: Array,
+    ) -> Carry:
+        """Through one step, of those that are there. Their states are too, if
+        `is_known`; otherwise that at the start of the step numbered `lands_at` is."""
+        n, undo = carry.num_steps, self._undo
+        active = n > limit
+        # An element of a batch that is done is pulled back through its last step again.
+        number = jnp.minimum(jnp.where(active, n - 1, n), last)
+        at, initial = self._at(starts, number), self._init_state.solver_state
+        y = at.y
+        state = self._segments.pullback.of_step(at.stored, initial, number == 0)
+        t0, t1 = undo.located(number, at.starts.t0, at.starts.t1)
+        recorder, solver_state = self._segments.recorder, carry.solver_state
+        if recorder is not None:
+            solver_state = recorder.with_recorded(solver_state, at.stored)
+            # (Or, if steps are differentiated at both ends, a step of length zero from
+            # where it is: so that no NaN comes of it.)
+            at_hand = (carry.y1, carry.solver_state)
+            t0, t1, (y, state), solver_state = tree_where_active(
+                active,
+                (t0, t1, (y, state), solver_state),
+                (carry.t_after, carry.t_after, at_hand, carry.solver_state),
+            )
+        step = Step(t0, t1, carry.y1, solver_state, at.made_jump)
+        start = Start(jnp.array(True), jnp.array(False), y, state)
+        if self._recorder is not None:
+            is_rebuilt = eqxi.unvmap_any(active & ~is_known)
+            knows = is_known | ~active | (number == lands_at)
+            start = Start(knows, is_rebuilt, y, state)
+        carry = undo.pull(carry, number, at.starts.t_prev, step, start, active)
+        if recorder is not None:
+            # (What a step is undone to is asked for, even where its start is known.)
+            rebuilt = (carry.y1, carry.solver_state)
+            y1, solver_state = tree_where(active & is_known, (y, state), rebuilt)
+            carry = carry._replace(y1=y1, solver_state=solver_state)
+        return carry
