@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.coupling_pullback import make_pullback
 from ._adjoint.plan import made_jump_example, make_segments
-from ._adjoint.record import asks, at_rest, Recorder, Starts
+from ._adjoint.record import asks, at_rest, Even, Recorder, Starts
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.segments import Segments
 from ._adjoint.verify import tolerance
@@ -224,10 +224,13 @@ def diagnose(
     )
     found = sol.stats.pop("diagnosis")
     num_slots, length, num_rows = map(int, sol.stats.pop("segments"))
+    is_lost = np.asarray(sol.stats.pop("is_lost"))
     tol = float(sol.stats.pop("tolerance"))
     n = int(sol.stats["num_accepted_steps"])
     out = {name: np.asarray(x)[:n] for name, x in found.items()}
-    out["recomputed"] = _recomputed(out["checkpoints"], num_slots, length, num_rows)
+    # (A segment whose times cannot be recorded is as one in which a state is wanted.)
+    is_marked = out["checkpoints"] | np.repeat(is_lost, length)[:n]
+    out["recomputed"] = _recomputed(is_marked, num_slots, length, num_rows)
     if sol.t1 < sol.t0:
         # The host integrates over reversed time.
         out["ts"] = -out["ts"]
@@ -237,11 +240,11 @@ def diagnose(
 
 
 def _recomputed(
-    is_wanted: Bool[np.ndarray, " steps"], num_slots: int, length: int, num_rows: int
+    is_marked: Bool[np.ndarray, " steps"], num_slots: int, length: int, num_rows: int
 ) -> Int[np.ndarray, " steps"]:
     """How often each step is recomputed: by segments of this `length`, see `Segments`;
     of the last `num_rows` of which there is a record."""
-    n = len(is_wanted)
+    n = len(is_marked)
     stack, spacing = [], 1
     for k in range(1, -(-n // length)):
         if k % spacing == 0 and len(stack) >= num_slots:
@@ -253,7 +256,7 @@ def _recomputed(
     for k in reversed(range(last)):
         first, stop = k * length, (k + 1) * length
         stack = [i for i in stack if i < stop]
-        if not np.any(is_wanted[first:stop]) and k >= last - num_rows:
+        if not np.any(is_marked[first:stop]) and k >= last - num_rows:
             continue
         start = stack[-1] if len(stack) > 0 else 0
         out[start:stop] += 1
@@ -297,6 +300,7 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
             pullback,
             init_state,
             made_jump,
+            type(stepsize_controller) is diffrax.ConstantStepSize,
             max_steps,
             self.adjoint.checkpoints,
             self.adjoint.checkpoint_every,
@@ -339,6 +343,7 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
             **stats,
             "diagnosis": found,
             "segments": segments,
+            "is_lost": _lost(steps, real),
             "tolerance": tol,
         }
 
@@ -397,7 +402,7 @@ def _wanted(steps: _Steps, every: int | None):
         needed, wanted = needed.at[index].set(needs), wanted.at[index].set(wants)
         return index + 1, held, needed, wanted
 
-    held = Recorder(solver, False, None, 1).no_marks(steps.init_state).held
+    held = Recorder(solver, False, False, None, 1).no_marks(steps.init_state).held
     no = jnp.zeros(steps.max_steps, bool)
     carry = (jnp.zeros_like(steps.num), held, no, no)
     cond_fun = lambda carry: carry[0] < steps.num
@@ -405,8 +410,23 @@ def _wanted(steps: _Steps, every: int | None):
     return needed, wanted
 
 
+def _lost(steps: _Steps, segments: Segments):
+    """Of which segments the times cannot be recorded."""
+    num, length = -(-steps.max_steps // segments.length), segments.length
+    assert segments.recorder is not None
+    if not segments.recorder.is_even:
+        return jnp.zeros(num, bool)
+
+    def one(k):
+        places = jnp.minimum(k * length + jnp.arange(length), steps.max_steps)
+        t_first, t1 = steps.starts.t_prev[places[0]], steps.starts.t1[places]
+        return Even.of(t_first, t1).differs(t_first, t1)
+
+    return lax.map(one, jnp.arange(num))
+
+
 def _undo(steps: _Steps, terms, args, needed, wanted):
-    solver, recorder = steps.solver, Recorder(steps.solver, False, None, 1)
+    solver, recorder = steps.solver, Recorder(steps.solver, False, False, None, 1)
 
     def body_fun(carry):
         num_steps, rebuilt, out = carry

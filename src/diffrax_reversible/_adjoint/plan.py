@@ -20,8 +20,8 @@ from .segments import Segments
 _NO_BOUND = 64
 _PART = 0.6
 # If steps can be undone: the most states that are stored, and as many of a segment, if
-# they take more than a few bytes; what part of that memory is taken for the record, and
-# the most steps in it.
+# they take more than a few bytes; what part of that memory is taken for the record, or
+# twice that if steps are even (as all of them may fit then); and the most steps in it.
 _MOST = 16
 _FEW_BYTES = 2**16
 _PART_OF_RECORD = 0.2
@@ -54,6 +54,7 @@ def make_segments(
     pullback: AbstractPullback,
     init_state,
     made_jump: Any,
+    is_even: bool,
     max_steps: int | None,
     checkpoints: int | Literal["auto"],
     checkpoint_every: int | None,
@@ -67,6 +68,7 @@ def make_segments(
         recorder = Recorder(
             pullback.solver,  # pyright: ignore[reportArgumentType]
             has_jumps,
+            is_even and not has_jumps,
             checkpoint_every,
             1,
         )
@@ -89,7 +91,8 @@ def make_segments(
         num_slots, length = _shared_out(checkpoints, max_steps)
     if recorder is not None:
         of_row = _num_bytes(recorder.empty(init_state, length))
-        num_rows = int(min(_PART_OF_RECORD * of_host / of_row, _MOST_STEPS / length))
+        part = _PART_OF_RECORD * (2 if recorder.is_even else 1)
+        num_rows = int(min(part * of_host / of_row, _MOST_STEPS / length))
         if max_steps is not None:
             num_rows = min(num_rows, -(-max_steps // length))
         recorder = recorder.of_size(max(num_rows, 1))

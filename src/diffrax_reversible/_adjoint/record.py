@@ -9,6 +9,7 @@ import functools as ft
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -44,8 +45,8 @@ class Steps(NamedTuple):
 
     # The end of the step before the first.
     t_first: Any
-    # The ends of the steps; and if there may be jumps, their starts, and whether each
-    # follows one.
+    # The ends of the steps, as they are or as `Even`; and if there may be jumps, their
+    # starts, and whether each follows one.
     t1: Any
     t0: Any
     made_jump: Any
@@ -53,6 +54,44 @@ class Steps(NamedTuple):
     recorded: list[Any]
     # Whether the segment is to be recomputed.
     is_marked: Any
+
+
+class Even(NamedTuple):
+    """The ends of steps that are all of one length, but for rounding: in a byte each.
+    There is nothing but sums and a product with a power of two in this, so that what
+    has been found to be right once is always so."""
+
+    # Of the first step.
+    length: Any
+    # By how many units each step is longer than that.
+    excess: Any
+
+    @classmethod
+    def of(cls, t_first: Array, t1: Array) -> "Even":
+        lengths = t1 - jnp.concatenate([t_first[None], t1[:-1]])
+        excess = (lengths - lengths[0]) / cls._unit(t_first, lengths[0])
+        return cls(lengths[0], jnp.clip(jnp.round(excess), -127, 127).astype(jnp.int8))
+
+    def ends(self, t_first: Array) -> Array:
+        unit = self._unit(t_first, self.length)
+        lengths = self.length + unit * self.excess.astype(unit.dtype)
+
+        def step(t, length):
+            return t + length, t + length
+
+        return lax.scan(step, t_first, lengths)[1]
+
+    def differs(self, t_first: Array, t1: Array) -> Array:
+        return jnp.any(self.ends(t_first) != t1)
+
+    @staticmethod
+    def _unit(t_first: Array, length: Array) -> Array:
+        # (The times may get so much smaller as to be spaced half as far.)
+        return jnp.maximum(_spacing(t_first) / 2, _spacing(length))
+
+
+def _spacing(x: Array) -> Array:
+    return eqxi.nextafter(jnp.abs(x)) - jnp.abs(x)
 
 
 class Record(NamedTuple):
@@ -126,6 +165,7 @@ class Recorder:
     **Arguments:**
 
     - `has_jumps`: Whether a step may follow a jump.
+    - `is_even`: Whether all steps should be of one length.
     - `every`: The state at every step whose number is a multiple of this is wanted, or
         `None`.
     - `num_rows`: Of how many segments there is room for the steps.
@@ -135,16 +175,19 @@ class Recorder:
         self,
         solver: AbstractReversibleSolver,
         has_jumps: bool,
+        is_even: bool,
         every: int | None,
         num_rows: int,
     ):
         self._solver = solver
         self._has_jumps = has_jumps
+        self.is_even = is_even
         self._every = every
         self.num_rows = num_rows
 
     def of_size(self, num_rows: int) -> "Recorder":
-        return Recorder(self._solver, self._has_jumps, self._every, num_rows)
+        rest = (self._solver, self._has_jumps, self.is_even, self._every)
+        return Recorder(*rest, num_rows)
 
     def _leaves(self, solver_state: PyTree) -> list[Any]:
         return jtu.tree_leaves(self._solver.recorded(solver_state))
@@ -156,10 +199,13 @@ class Recorder:
     def empty(self, init_state, length: int) -> Steps:
         # (An element of a batch may read here though it never made a step.)
         shape = (self.num_rows, length)
-        times = jnp.full(shape, init_state.tprev)
+        first = jnp.full(self.num_rows, init_state.tprev)
+        times = ends = jnp.full(shape, init_state.tprev)
+        if self.is_even:
+            ends = Even(jnp.zeros_like(first), jnp.zeros(shape, jnp.int8))
         return Steps(
-            t_first=jnp.full(self.num_rows, init_state.tprev),
-            t1=times,
+            t_first=first,
+            t1=ends,
             t0=times if self._has_jumps else None,
             made_jump=jnp.zeros(shape, bool) if self._has_jumps else None,
             recorded=[
@@ -207,9 +253,13 @@ class Recorder:
     def row(self, starts: Starts, solver_state: PyTree, is_marked: Array) -> Steps:
         """Of a segment, from its steps."""
         static = statics(solver_state)
+        t_first, t1 = starts.t_prev[0], starts.t1
+        if self.is_even:
+            t1 = Even.of(t_first, t1)
+            is_marked = is_marked | t1.differs(t_first, starts.t1)
         return Steps(
-            t_first=starts.t_prev[0],
-            t1=starts.t1,
+            t_first=t_first,
+            t1=t1,
             t0=starts.t0 if self._has_jumps else None,
             made_jump=starts.made_jump,
             recorded=self._leaves(eqx.combine(starts.stored, static)),
@@ -240,17 +290,13 @@ class Recorder:
         """If `pred`, the steps of the `k`th segment, without their states. `order` are
         the numbers of the steps within that segment, in the places of `starts`."""
 
-        def read(x):
-            return x[k % self.num_rows][order]
-
-        row: Steps = steps._replace(t_first=None, is_marked=None)
-        row = jtu.tree_map(read, row)
-        t_first = steps.t_first[k % self.num_rows]
-        before = steps.t1[k % self.num_rows][jnp.maximum(order - 1, 0)]
-        t_prev = jnp.where(order > 0, before, t_first)
+        row: Steps = jtu.tree_map(lambda x: x[k % self.num_rows], steps)
+        t1 = row.t1.ends(row.t_first) if self.is_even else row.t1
+        t_prev = jnp.concatenate([row.t_first[None], t1[:-1]])
         t0 = row.t0 if self._has_jumps else t_prev
+        new = (t_prev, t0, t1, row.made_jump, row.recorded)
         # (Not of the states, which may be large.)
-        new = (t_prev, t0, row.t1, row.made_jump, row.recorded)
+        new = jtu.tree_map(lambda x: x[order], new)
         old = (*starts[:4], self._leaves(starts.stored))
         *times, recorded = jtu.tree_map(lambda a, b: jnp.where(pred, a, b), new, old)
         stored = starts.stored

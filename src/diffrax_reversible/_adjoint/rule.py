@@ -81,8 +81,11 @@ def outer_while_loop(
     # (Otherwise differentiated by JAX.)
     solver_state = pullback.prepare(terms, args, init_state)
     init_state = without_tangents(replace(init_state, solver_state=solver_state))
+    constant = times_.constant(stepsize_controller, init_state)
+    is_even = constant is not None
     segments = make_segments(
-        pullback, init_state, made_jump, max_steps, checkpoints, checkpoint_every
+        *(pullback, init_state, made_jump, is_even),
+        *(max_steps, checkpoints, checkpoint_every),
     )
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     controller, clipped, unknown = times_.controller_times(
@@ -91,7 +94,6 @@ def outer_while_loop(
     at_steps = times_.AtSteps.of(
         stepsize_controller, subs, event, init_state.event_values
     )
-    constant = times_.constant(stepsize_controller, init_state)
     saved = tuple(sub.ts for sub in subs)
     times = times_.Times(init_state.tprev, t1, saved, controller, clipped, constant)
 
