@@ -832,8 +832,8 @@ def test_what_memory_is_given_to(size, max_steps, monkeypatch):
     found = []
     make = plan.make_segments
 
-    def make_segments(pullback, init_state, *args):
-        found.append((make(pullback, init_state, *args), init_state))
+    def make_segments(pullback, noise, init_state, *args):
+        found.append((make(pullback, noise, init_state, *args), init_state))
         return found[-1][0]
 
     monkeypatch.setattr(rule, "make_segments", make_segments)

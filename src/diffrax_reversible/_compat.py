@@ -13,6 +13,7 @@ its inside is needed. It is all named in this one file, was checked on the versi
 | `diffrax._heuristics.is_sde` | whether terms hold a Brownian motion |
 | `diffrax._heuristics.is_unsafe_sde` | whether it is one that cannot be queried twice |
 | `diffrax._term.WrapTerm` | what terms are wrapped in, so as to integrate forwards |
+| `VirtualBrownianTree._evaluate` | its values, of which increments are made |
 | `diffrax._custom_types` | annotations of public methods |
 """
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TYPE_CHECKING, TypeAlias
 
 import diffrax
+import equinox as eqx
 from jaxtyping import ArrayLike
 
 
@@ -236,3 +238,31 @@ def loop_without_saving(*, init_state: Any, **kwargs: Any) -> tuple[Callable, ..
         **kwargs,
     )
     return found[0]
+
+
+class WatchedBrownianTree(diffrax.VirtualBrownianTree):
+    """The same, for what `watch` makes of it: of an increment, with a function that
+    finds it; and of the values at both ends, in their order, with where that is, on a
+    scale of its own."""
+
+    watch: Any = eqx.field(static=True)
+
+    def __init__(self, path: diffrax.VirtualBrownianTree, watch: Any):
+        for field in dataclasses.fields(path):
+            setattr(self, field.name, getattr(path, field.name))
+        self.watch = watch
+
+    def evaluate(
+        self,
+        t0: RealScalarLike,
+        t1: RealScalarLike | None = None,
+        left: bool = True,
+        use_levy: bool = False,
+    ) -> Any:
+        # (Not compiled by itself: no value could be taken out of that.)
+        host: Any = diffrax.VirtualBrownianTree.evaluate
+        find = lambda: host.__wrapped__(self, t0, t1, left, use_levy)
+        return find() if t1 is None else self.watch.increment(find)
+
+    def _evaluate(self, r: RealScalarLike) -> PyTree:
+        return self.watch.value(r, super()._evaluate)

@@ -12,7 +12,10 @@ from jaxtyping import Bool, Float, Int
 
 from ._adjoint.adjoint import ReversibleAdjoint
 from ._adjoint.coupling_pullback import make_pullback
+from ._adjoint.hoist import Hoister
+from ._adjoint.noise import Noise
 from ._adjoint.plan import made_jump_example, make_segments
+from ._adjoint.pullback import Step
 from ._adjoint.record import asks, at_rest, Even, Recorder, Starts
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.segments import Segments
@@ -295,12 +298,24 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         made_jump = made_jump_example(stepsize_controller, init_state, args)
         pullback = make_pullback(solver, init_state.solver_state, made_jump)
         # One for all steps; and how it would be done.
-        segments = Segments(pullback, made_jump, None, 0, max_steps)
+        noise = Noise(None)
+        segments = Segments(pullback, noise, made_jump, None, 0, max_steps)
+        hoister = Hoister()
+        step = Step(
+            init_state.tprev,
+            init_state.tnext,
+            init_state.y,
+            init_state.solver_state,
+            made_jump,
+        )
+        pullback.add_functions(hoister, terms, args, step)
         real = make_segments(
             pullback,
+            noise,
             init_state,
             made_jump,
             type(stepsize_controller) is diffrax.ConstantStepSize,
+            hoister.num_bytes,
             max_steps,
             self.adjoint.checkpoints,
             self.adjoint.checkpoint_every,

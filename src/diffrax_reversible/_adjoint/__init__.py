@@ -21,6 +21,8 @@ differentiated by JAX.
 - `slots`: the stored states.
 - `record`: the times of steps, so that they can be undone; and which segments are to be
   recomputed even so.
+- `noise`: what these loops, and the steps that are differentiated, ask of a Brownian
+  motion.
 - `plan`: how much memory is given to what.
 
 **How one step is pulled back:**

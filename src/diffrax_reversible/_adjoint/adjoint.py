@@ -14,6 +14,7 @@ from .._compat import (
     Terms,
 )
 from .._registry import as_reversible
+from .noise import Noise
 from .recomputed import make_recomputed
 from .rule import inner_loop, outer_while_loop, with_arrays
 
@@ -193,11 +194,13 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 "backward pass. Use `diffrax.VirtualBrownianTree`."
             )
         reversible, recomputed = as_reversible(solver), None
+        noise = Noise(terms)
+        terms = noise.terms
         if reversible is None:
             subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
             has_times = any(sub.ts is not None for sub in subs)
             interpolates = has_times or saveat.dense or event is not None
-            recomputed = make_recomputed(solver, interpolates)
+            recomputed = make_recomputed(solver, interpolates, noise)
             solver = recomputed.solver
         else:
             solver = reversible
@@ -228,6 +231,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             sum_over_batch=self.sum_over_batch,
             throw=throw,
             num_wanted=num_wanted,
+            noise=noise,
             recomputed=recomputed,
         )
         final_state, stats = host_loop(

@@ -370,11 +370,12 @@ class Walk:
                 (carry.t_after, carry.t_after, at_hand, carry.solver_state),
             )
         step = Step(t0, t1, carry.y1, solver_state, at.made_jump)
-        start = Start(jnp.array(True), jnp.array(False), y, state)
+        increments = at.starts.increments
+        start = Start(jnp.array(True), jnp.array(False), y, state, increments)
         if self._recorder is not None:
             is_rebuilt = eqxi.unvmap_any(active & ~is_known)
             knows = is_known | ~active | (number == lands_at)
-            start = Start(knows, is_rebuilt, y, state)
+            start = Start(knows, is_rebuilt, y, state, increments)
         carry = undo.pull(carry, number, at.starts.t_prev, step, start, active)
         if recorder is not None:
             # (What a step is undone to is asked for, even where its start is known.)

@@ -191,6 +191,12 @@ class Hoister:
     def num_consts(self) -> int:
         return len(self._consts)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of those constants that can be differentiated."""
+        consts = filter(eqx.is_inexact_array, self._consts)
+        return sum(x.size * x.dtype.itemsize for x in consts)
+
     def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
         return Hoisted(dict(self._functions)), tuple(self._consts)
 

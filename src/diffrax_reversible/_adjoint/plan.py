@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import without_saving
+from .noise import Noise
 from .pullback import AbstractPullback
 from .record import Recorder
 from .segments import Segments
@@ -19,6 +20,9 @@ from .segments import Segments
 # part of it is taken for states, as the loops need some too.
 _NO_BOUND = 64
 _PART = 0.6
+# It keeps their gradients more than once, if there are any. Of the memory of constants
+# (or that of half of the checkpoints, if that is less) so much is counted too.
+_PART_OF_CONSTS = 1 / 6
 # If steps can be undone: the most states that are stored, and as many of a segment, if
 # they take more than a few bytes; what part of that memory is taken for the record, or
 # twice that if steps are even (as all of them may fit then); and the most steps in it.
@@ -52,16 +56,20 @@ def made_jump_example(stepsize_controller, init_state, args) -> Any:
 
 def make_segments(
     pullback: AbstractPullback,
+    noise: Noise,
     init_state,
     made_jump: Any,
     is_even: bool,
+    num_bytes: int,
     max_steps: int | None,
     checkpoints: int | Literal["auto"],
     checkpoint_every: int | None,
 ) -> Segments:
-    """As many states as fit into the memory of the default adjoint."""
+    """As many states as fit into the memory of the default adjoint. `num_bytes` are
+    those of the constants of a step."""
     num = _NO_BOUND if max_steps is None else _num_checkpoints(max_steps)
     of_host = num * _num_bytes(without_saving(init_state))
+    of_host += min(_PART_OF_CONSTS * num_bytes, of_host / 2)
     recorder = None
     if pullback.undoes:
         has_jumps = made_jump is not False
@@ -75,7 +83,7 @@ def make_segments(
 
     if checkpoints == "auto":
         # (With a place for one state, and for one start of a step.)
-        one = Segments(pullback, made_jump, None, 1, 0)
+        one = Segments(pullback, noise, made_jump, None, 1, 0)
         of_own = _num_bytes((one.empty_slots(init_state), one.empty_starts(init_state)))
         # As many of one as of the other: then each step is recomputed once, if there
         # are no more of them than the square of this.
@@ -96,7 +104,7 @@ def make_segments(
         if max_steps is not None:
             num_rows = min(num_rows, -(-max_steps // length))
         recorder = recorder.of_size(max(num_rows, 1))
-    return Segments(pullback, made_jump, recorder, num_slots, length)
+    return Segments(pullback, noise, made_jump, recorder, num_slots, length)
 
 
 def _shared_out(num: int, max_steps: int | None) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from .._method.explicit_rk import NOT_THERE
 from .._method.tree import tree_where
 from .._solver.bases import is_given_by_tableau
 from .._solver.unrolled import cast_like, Unrolled
+from .noise import Noise, OtherIncrementsError
 from .pullback import AbstractPullback, Grads, Rebuilt
 
 
@@ -30,9 +31,12 @@ class StepPullback(AbstractPullback):
     solver: diffrax.AbstractSolver
     undoes = False
 
-    def __init__(self, solver: diffrax.AbstractSolver, interpolates: bool):
+    def __init__(
+        self, solver: diffrax.AbstractSolver, interpolates: bool, noise: Noise
+    ):
         self.solver = _with_stages(solver, "lax")
         self._differentiated = _with_stages(solver, "bounded")
+        self._noise = noise
         # Whether there may be output in between the steps.
         self._interpolates = interpolates
 
@@ -72,6 +76,23 @@ class StepPullback(AbstractPullback):
             )
             example = (step.made_jump, step.t0, step.t1, step.y1, state)
             hoister.add(_name(dense), fn, *example)
+            self._add_again(hoister, _again(dense), fn, example)
+        if len(self._noise.no_increments()) > 0:
+            hoister.add("paths", lambda: self._noise.path_arrays)
+
+    def _add_again(self, hoister, name, fn, example):
+        """The same, with the increments of Brownian motions."""
+        increments = self._noise.no_increments()
+        if len(increments) == 0:
+            return
+        again = lambda increments, *args: self._noise.make_again(
+            lambda: fn(*args), increments
+        )
+        try:
+            hoister.add(name, again, increments, *example)
+        except OtherIncrementsError:
+            # (Then they are asked for anew.)
+            pass
 
     def _step(self, terms, args, dense, made_jump, t0, t1, y0, solver_state):
         y1, _, dense_info, solver_state, _ = self._differentiated.step(
@@ -85,8 +106,14 @@ class StepPullback(AbstractPullback):
     def rebuild(self, fns, carry, step, start, want_dense_info):
         times = (step.t0, step.t1)
         constant, varying = fns.split_times((step.made_jump,), times)
+        name = _name(want_dense_info)
+        # (Where they are constants.)
+        if _again(want_dense_info) in fns.hoisted and not (
+            fns.times_vary or fns.depends("paths")
+        ):
+            name, constant = _again(want_dense_info), (start.increments, *constant)
         (_, _, dense_info), pull_step = fns.vjp(
-            _name(want_dense_info), constant, (*varying, start.y, start.solver_state)
+            name, constant, (*varying, start.y, start.solver_state)
         )
 
         def pull(grad_y1, grad_solver_state1, grad_dense_info):
@@ -107,6 +134,10 @@ class StepPullback(AbstractPullback):
 
 def _name(dense: bool) -> str:
     return "step_dense" if dense else "step"
+
+
+def _again(dense: bool) -> str:
+    return f"{_name(dense)}_again"
 
 
 def _with_stages(solver: Any, kind: str) -> Any:
@@ -136,9 +167,10 @@ class ExplicitPullback(StepPullback):
 
     solver: Unrolled
 
-    def __init__(self, solver: diffrax.AbstractERK, interpolates: bool):
+    def __init__(self, solver: diffrax.AbstractERK, interpolates: bool, noise: Noise):
         self.solver = Unrolled(solver)
         self._differentiated = solver
+        self._noise = noise
         self._interpolates = interpolates
 
     def stored(self, solver_state):
@@ -193,12 +225,15 @@ class ExplicitPullback(StepPullback):
         return None
 
 
-def make_recomputed(solver: diffrax.AbstractSolver, interpolates: bool) -> StepPullback:
+def make_recomputed(
+    solver: diffrax.AbstractSolver, interpolates: bool, noise: Noise
+) -> StepPullback:
     # (With an `init` of its own its state may be anything.)
     has_init = getattr(type(solver), "init", None) is diffrax.AbstractRungeKutta.init
     if has_init and is_given_by_tableau(solver):
         return ExplicitPullback(
             solver,  # pyright: ignore[reportArgumentType]
             interpolates,
+            noise,
         )
-    return StepPullback(solver, interpolates)
+    return StepPullback(solver, interpolates, noise)

@@ -37,6 +37,8 @@ class Starts(NamedTuple):
     # The arrays of `y`, and of what is stored of the solver state.
     y: PyTree
     stored: PyTree
+    # Of Brownian motions, if the step is to be made again.
+    increments: list[PyTree]
 
 
 class Steps(NamedTuple):
@@ -303,7 +305,8 @@ class Recorder:
         if len(recorded) > 0:
             stored = eqx.tree_at(self._leaves, stored, recorded)
         t_prev, t0, t1, made_jump = times
-        return Starts(t_prev, t0, t1, made_jump, starts.y, stored)
+        times = dict(t_prev=t_prev, t0=t0, t1=t1, made_jump=made_jump)
+        return starts._replace(**times, stored=stored)
 
     def with_recorded(self, solver_state: PyTree, stored: PyTree) -> PyTree:
         """`solver_state` with its recorded part as it is in `stored`."""

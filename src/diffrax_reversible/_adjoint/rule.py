@@ -65,6 +65,7 @@ def outer_while_loop(
     sum_over_batch,
     throw,
     num_wanted,
+    noise,
     recomputed,
 ):
     """The host's loop over steps, with our rule for differentiating it.
@@ -83,8 +84,29 @@ def outer_while_loop(
     init_state = without_tangents(replace(init_state, solver_state=solver_state))
     constant = times_.constant(stepsize_controller, init_state)
     is_even = constant is not None
+    noise.learn(
+        lambda: solver.step(
+            terms,
+            init_state.tprev,
+            init_state.tnext,
+            init_state.y,
+            args,
+            init_state.solver_state,
+            made_jump,
+        )
+    )
+    # What the rule needs, as functions whose constants are explicit.
+    hoister = Hoister()
+    step = Step(
+        init_state.tprev,
+        init_state.tnext,
+        init_state.y,
+        init_state.solver_state,
+        made_jump,
+    )
+    pullback.add_functions(hoister, terms, args, step)
     segments = make_segments(
-        *(pullback, init_state, made_jump, is_even),
+        *(pullback, noise, init_state, made_jump, is_even, hoister.num_bytes),
         *(max_steps, checkpoints, checkpoint_every),
     )
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
@@ -109,16 +131,6 @@ def outer_while_loop(
         )
         return _located_at_end(times, final_state), record
 
-    # What the rule needs, as functions whose constants are explicit.
-    hoister = Hoister()
-    step = Step(
-        init_state.tprev,
-        init_state.tnext,
-        init_state.y,
-        init_state.solver_state,
-        made_jump,
-    )
-    pullback.add_functions(hoister, terms, args, step)
     if pullback.undoes:
         verify.add_functions(hoister, solver, terms, args, step)
     for i, sub in enumerate(subs):

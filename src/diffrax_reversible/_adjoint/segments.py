@@ -16,9 +16,10 @@ from jaxtyping import Array, PyTree
 
 from .._compat import without_saving
 from .._jax_compat import eqxi
-from .._method.tree import arrays, replace, statics, stop_gradient
+from .._method.tree import arrays, replace, statics, stop_gradient, tree_where
 from . import slots as slots_
 from .hoist import Hoister
+from .noise import Noise, Value
 from .pullback import AbstractPullback
 from .record import Marks, Record, Recorder, Starts
 from .slots import Keeping, Slots
@@ -47,6 +48,8 @@ class _Made(NamedTuple):
     # Of the last steps.
     starts: Starts
     marks: Marks | None
+    # Of Brownian motions, where the next step should start.
+    values: list[Value]
 
 
 class Segments:
@@ -63,12 +66,14 @@ class Segments:
     def __init__(
         self,
         pullback: AbstractPullback,
+        noise: Noise,
         made_jump: Any,
         recorder: Recorder | None,
         num_slots: int,
         length: int,
     ):
         self.pullback = pullback
+        self._noise = noise
         self.made_jump = made_jump
         self.recorder = recorder
         self.num_slots = num_slots
@@ -142,7 +147,7 @@ class Segments:
         # pulled back through one all the same, with a gradient of zero.
         return jtu.tree_map(
             lambda x: jnp.broadcast_to(x, (self.length + 1, *jnp.shape(x))),
-            self._start(init_state, init_state.tprev),
+            self._start(init_state, init_state.tprev, self._noise.no_increments()),
         )
 
     def place(self, number: Array) -> Array:
@@ -156,7 +161,9 @@ class Segments:
         places = jnp.arange(self.length + 1)
         return jnp.minimum((places - first) % (self.length + 1), self.length - 1)
 
-    def _start(self, state, t_last: Array) -> Starts:
+    def _start(self, state, t_last: Array, increments: list[PyTree]) -> Starts:
+        # (A step that is undone asks for them anew.)
+        increments = [] if self.pullback.undoes else increments
         stored = self.stored(state, t_last)
         return Starts(
             stored.t_last,
@@ -165,6 +172,7 @@ class Segments:
             stored.made_jump,
             stored.y,
             stored.solver_state,
+            increments,
         )
 
     #
@@ -253,7 +261,7 @@ class Segments:
         made, (keeping, steps) = self._loop(
             unfinished,
             body_fun,
-            _Made(init_state, init_state.tprev, starts, marks),
+            _Made(init_state, init_state.tprev, starts, marks, self._noise.no_values()),
             (Keeping.of(self.empty_slots(init_state)), steps),
             is_due=is_due,
             visit=visit,
@@ -303,7 +311,7 @@ class Segments:
         made, slots = self._loop(
             unfinished,
             body_fun,
-            _Made(init_state, t_last, starts, None),
+            _Made(init_state, t_last, starts, None, self._noise.no_values()),
             slots,
             is_due=is_due,
             visit=visit,
@@ -338,10 +346,14 @@ class Segments:
             return is_due(n) & (n > last)
 
         def step(carry):
-            (state, t_last, starts, marks), active = carry
+            (state, t_last, starts, marks, values), active = carry
             kept_state, t_kept = keep((state, t_last))
-            starts = self._put(starts, kept_state, t_kept, active, records)
-            new_state = body_fun(state)
+            new_state, increments, new_values = self._noise.make(
+                lambda: body_fun(state), values
+            )
+            start = self._start(kept_state, t_kept, keep(increments))
+            place = self.place(state.num_accepted_steps)
+            starts = _put(starts, start, place, active, records)
             if self.made_jump is False:
                 # (So that XLA knows that it does not change.)
                 new_state = replace(new_state, made_jump=state.made_jump)
@@ -350,12 +362,13 @@ class Segments:
                 assert self.recorder is not None
                 marks = self.recorder.mark(marks, kept_state, keep(new_state), t_kept)
             t_last = jnp.where(accepted, state.tnext, t_last)
+            values = tree_where(accepted, new_values, values)
             # (An element of a batch that is done stays so: Equinox asks for the
             # condition after a step that it then takes no notice of. Of an event there
             # is no more to be seen by then, so that it would end the loop for all of
             # the others, again and again.)
             active = active & unfinished(new_state)
-            return _Made(new_state, t_last, starts, marks), active
+            return _Made(new_state, t_last, starts, marks, values), active
 
         def outer_body(carry):
             made, kept, last = carry
@@ -391,6 +404,7 @@ class Segments:
 
     def _segment(self, made: "_Made", k: Array) -> Starts:
         """The steps of the `k`th segment, in their order."""
+        starts = made.starts._replace(increments=[])
         places = self.place(k * self.length + jnp.arange(self.length))
 
         def read(_, buffer):
@@ -398,16 +412,16 @@ class Segments:
                 buffer = buffer._array
             return buffer[places]
 
-        return jtu.tree_map(read, self._start(*made[:2]), made.starts)
+        return jtu.tree_map(read, self._start(*made[:2], []), starts)
 
-    def _put(self, starts: Starts, state, t_last: Array, active, records):
-        """That of the next step, into its place. If the step is rejected then the one
-        after it is put there."""
-        place = self.place(state.num_accepted_steps)
 
-        def put(x, buffer):
-            old = buffer[place]
-            x = where_active(active, x, old)
-            return buffer.at[place].set(jnp.where(records, x, old))
+def _put(starts: Starts, start: Starts, place: Array, active, records) -> Starts:
+    """That of a step, into its place. If the step is rejected then the one after it is
+    put there."""
 
-        return jtu.tree_map(put, self._start(state, t_last), starts)
+    def put(x, buffer):
+        old = buffer[place]
+        x = where_active(active, x, old)
+        return buffer.at[place].set(jnp.where(records, x, old))
+
+    return jtu.tree_map(put, start, starts)
