@@ -67,6 +67,7 @@ def _solve(params, adjoint, n, solver, term=diffrax.ControlTerm, adaptive=False)
 PARAMS = jnp.array([1.0, 0.3]), jnp.array(0.7)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "solver,term,adaptive",
     [
@@ -93,6 +94,7 @@ def test_same_solution_and_gradient(solver, term, adaptive):
         assert relative_difference(grad, grad_default) < 100 * EPS
 
 
+@pytest.mark.one_in(1)
 @pytest.mark.parametrize("reversible", [False, True])
 def test_how_often_values_are_found(reversible, monkeypatch):
     found, find = [], diffrax.VirtualBrownianTree._evaluate

@@ -238,7 +238,10 @@ def show(row: dict) -> None:
 def plot(rows: list[dict], filename: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    versions = f"JAX {jax.__version__}, diffrax {diffrax.__version__}"
+    title = f"`UReversible(base)` next to `base`, on {len(rows)} solves; {versions}"
+    figure.suptitle(title, fontsize=9)
     left, right = figure.subplots(1, 2)
     for ax, key, aim in ((left, "ratio", 1.5), (right, "gradient_ratio", 2)):
         for precision, marker in (("float64", "o"), ("float32", "x")):
@@ -284,6 +287,8 @@ def main(argv=None):
                             row = study(group, name, base_solver, kind, precision)
                         all_rows.append(row)
                         show(row)
+                # (Or the process runs out of memory mappings.)
+                jax.clear_caches()
             if args.output is not None and all_rows:
                 with open(args.output, "w", newline="") as file:
                     writer = csv.DictWriter(file, list(all_rows[0]))
