@@ -40,9 +40,16 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     step, and one with its pullback. (Of the last `n` steps nothing is recomputed, and
     so of no step of a short solve.) With `max_steps=None`, or where states take more
     memory than those of the default adjoint do, some steps are recomputed twice, or
-    more often. The memory of states is less than that of the checkpoints of
-    [`diffrax.RecursiveCheckpointAdjoint`][] by default, for each element of a batch;
-    with what the loops need it has been 0.1 to 1.3 of it.
+    more often. The memory of states is at most 0.9 times that of the checkpoints of
+    [`diffrax.RecursiveCheckpointAdjoint`][] by default, for each element of a batch
+    (0.6 times, and a tenth of that of the parameters); with what the loops need it has
+    been 0.1 to 1.5 times that of the default adjoint.
+
+    A [`diffrax.VirtualBrownianTree`][] is asked for its value at the end of each step
+    of a solve, and once more where the step is recomputed: not at the starts of steps,
+    nor when a step is differentiated, as the increments of the steps of a segment are
+    stored with their states. (Unless a term asks for them within a transformation of
+    JAX; or if what is differentiated are the path's own arrays.)
 
     The stages of an explicit Runge--Kutta solver for ODEs that is given by its tableau
     are unrolled (or made by a loop, if they have more than 1000 operations, or with
@@ -54,11 +61,13 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     **Reversible solvers:** The steps of a segment are undone, and differentiated on the
     way; the docstring of each solver gives the evaluations. At most 16 states are
     stored, and as many are kept of a segment (or as many as take 64 kB). Of each step
-    there is a record: one floating-point number (two, and a byte, if there may be
-    jumps), and what [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects
-    (one byte for [`diffrax_reversible.UReversible`][]). It takes at most a fifth of the
-    memory of the checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][], for each
-    element of a batch; earlier steps than it has room for are recomputed.
+    there is a record: one floating-point number (a byte with
+    [`diffrax.ConstantStepSize`][]; two, and a byte, if there may be jumps), and what
+    [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one byte for
+    [`diffrax_reversible.UReversible`][]). It takes at most a fifth of the memory of the
+    checkpoints of [`diffrax.RecursiveCheckpointAdjoint`][], or two fifths with constant
+    steps, for each element of a batch; earlier steps than it has room for are
+    recomputed.
 
     Some steps cannot be undone: one that moves an element of the state on that was held
     exactly until then, as vector fields often have a kink there, such as at zero; and

@@ -12,7 +12,7 @@ linear in one of its arguments (see `linear`):
 
 The first runs the loop forwards, with tangents; so does the last. The second walks
 back. The third is the derivative in forward mode of a backward pass on which nothing is
-rebuilt: all states are made again from the start, by `step`. (What is rebuilt from
+rebuilt: all states are recomputed from the start, by `step`. (What is rebuilt from
 something that counts as a constant has the right value, but not the right tangent.)
 """
 

@@ -2,7 +2,7 @@
 or was stored. This is the one place where it matters what kind of solver that is.
 
 A solver has two forms here: one for the loop over steps, and one that is
-differentiated. What the loop carries and does not have to be stored is made again.
+differentiated. What the loop carries and does not have to be stored is found anew.
 """
 
 import functools as ft

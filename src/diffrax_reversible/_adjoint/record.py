@@ -37,7 +37,7 @@ class Starts(NamedTuple):
     # The arrays of `y`, and of what is stored of the solver state.
     y: PyTree
     stored: PyTree
-    # Of Brownian motions, if the step is to be made again.
+    # Of Brownian motions, if steps are not undone: see `Noise`.
     increments: list[PyTree]
 
 

@@ -108,7 +108,7 @@ def differs(
     """Whether the two differ, by more than would matter if they did so in `num_steps`
     steps. `grad_consts` are the gradients of constants so far. Only asked for those of
     a batch for which `pred` is true; among them it may not be known which. `is_finite`
-    if the solution is, so that what has been made again should be.
+    if the solution is, so that what has been recomputed should be.
 
     Returns also the new `noise`: by how much, in units of the spacing of numbers,
     rounding `y` in each of so many steps changes the loss; the most so far. (Where a
@@ -254,11 +254,11 @@ def _largest(x: Array) -> Array:
     return jnp.maximum(jnp.max(x), -jnp.min(x))
 
 
-def is_lost(made_again: PyTree, y: PyTree) -> Array:
-    """Whether a state that has been made again is not `y`, as it was first: by so much
+def is_lost(recomputed: PyTree, y: PyTree) -> Array:
+    """Whether a state that has been recomputed is not `y`, as it was first: by so much
     that the gradient is wrong, as rounding has led elsewhere."""
     out = jnp.array(False)
-    for a, b in zip(*map(jtu.tree_leaves, map(_inexact, (made_again, y)))):
+    for a, b in zip(*map(jtu.tree_leaves, map(_inexact, (recomputed, y)))):
         if b.size > 0:
             tol = float(jnp.finfo(b.dtype).eps) ** 0.25
             size = _size(b)
