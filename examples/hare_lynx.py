@@ -22,6 +22,7 @@ Run as `python hare_lynx.py [--quick] [--output PATH]`.
 """
 
 import argparse
+import time
 
 import diffrax
 import equinox as eqx
@@ -174,6 +175,39 @@ def compare(model, ts):
     return jnp.max(jnp.abs(jnp.expm1(model(ts) - plain))).item()
 
 
+def cost(model, solver, adjoint, repeats=20):
+    """The time of a gradient of the loss in ms, and its memory in kB."""
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        log_populations = eqx.combine(params, static)(YEARS, solver, adjoint)
+        return jnp.mean((log_populations - LOG_COUNTS) ** 2)
+
+    compiled = gradient.lower(params).compile()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(params))
+        times.append(time.perf_counter() - start)
+    num_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return 1e3 * float(np.median(times)), num_bytes / 1e3
+
+
+COSTS = {
+    "UReversible(Tsit5()), ReversibleAdjoint": (
+        UReversible(diffrax.Tsit5()),
+        ReversibleAdjoint(),
+    ),
+    "Tsit5(), ReversibleAdjoint": (diffrax.Tsit5(), ReversibleAdjoint()),
+    "Tsit5(), RecursiveCheckpointAdjoint": (
+        diffrax.Tsit5(),
+        diffrax.RecursiveCheckpointAdjoint(),
+    ),
+}
+
+
 def plot(models, ts, path):
     fig, axes = plt.subplot_mosaic(
         [["hare", "phase"], ["lynx", "phase"]], figsize=(11, 5), layout="constrained"
@@ -250,6 +284,7 @@ def main(argv=None):
             initial_loss=initial_loss,
             loss=loss,
             difference=compare(model, ts),
+            costs={name: cost(model, *which) for name, which in COSTS.items()},
             parameters=model.summary(),
         )
 
@@ -259,6 +294,8 @@ def main(argv=None):
             print(f"  {key}: {value:.4g}")
         print(f"  loss: {result['initial_loss']:.4f} -> {result['loss']:.4f}")
         print(f"  largest difference from plain Tsit5: {result['difference']:.3%}")
+        for which, (milliseconds, kilobytes) in result["costs"].items():
+            print(f"  a gradient, {which}: {milliseconds:.2g} ms, {kilobytes:.0f} kB")
 
     plot(models, ts, args.output)
     print(f"\nWrote {args.output}")

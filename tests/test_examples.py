@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import pytest
+from PIL import Image
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,10 +50,21 @@ def run_quick(users_settings, tmp_path):
     return run
 
 
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize("name", ["gradient.png", "memory.png"])
+def test_pictures_are_as_new_as_their_tables(name):
+    # A picture holds the rows that it was drawn from.
+    folder = ROOT / "examples" / "benchmarks"
+    rows = Image.open(folder / name).text["Description"].splitlines()
+    assert len(rows) > 0
+    assert set(rows) <= set((folder / "README.md").read_text().splitlines())
+
+
 def test_hare_lynx(run_quick, capsys):
     for result in run_quick("hare_lynx.py").values():
         assert result["loss"] < result["initial_loss"]
         assert result["difference"] < 0.01
+        assert all(x > 0 for cost in result["costs"].values() for x in cost)
     assert "alpha" in capsys.readouterr().out
 
 
