@@ -191,8 +191,9 @@ def cost(model, solver, adjoint, repeats=20):
         start = time.perf_counter()
         jax.block_until_ready(compiled(params))
         times.append(time.perf_counter() - start)
-    num_bytes = compiled.memory_analysis().temp_size_in_bytes
-    return 1e3 * float(np.median(times)), num_bytes / 1e3
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return 1e3 * float(np.median(times)), analysis.temp_size_in_bytes / 1e3
 
 
 COSTS = {

@@ -4,6 +4,7 @@ the steps that are differentiated; and nothing depends on that."""
 import functools as ft
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan
+from diffrax_reversible._adjoint import plan, rule
 from diffrax_reversible._diagnose import _recomputed
 
 from .helpers import relative_difference
@@ -31,6 +32,15 @@ class Vmapped(diffrax.ControlTerm):
     def contr(self, t0, t1, **kwargs):
         contr = ft.partial(super().contr, **kwargs)
         return jax.vmap(lambda t0: contr(t0, t1))(jnp.stack([t0]))[0]
+
+
+class Rekeyed(diffrax.ControlTerm):
+    """Asks another path from time to time, that is made of the one that it has."""
+
+    def contr(self, t0, t1, **kwargs):
+        key = jax.random.fold_in(self.control.key, jnp.floor(4 * t0).astype(int))
+        path = eqx.tree_at(lambda path: path.key, self.control, key)
+        return path.evaluate(t0, t1, **kwargs)
 
 
 class Halved(diffrax.ControlTerm):
@@ -73,9 +83,10 @@ PARAMS = jnp.array([1.0, 0.3]), jnp.array(0.7)
     [
         (diffrax.EulerHeun(), diffrax.ControlTerm, False),
         (diffrax.Heun(), Jitted, False),
+        (diffrax.Heun(), Rekeyed, False),
         (diffrax.Heun(), Vmapped, False),
-        (diffrax.ItoMilstein(), Halved, False),
         (diffrax.HalfSolver(diffrax.EulerHeun()), diffrax.ControlTerm, True),
+        (diffrax.ItoMilstein(), Halved, False),
     ],
 )
 def test_same_solution_and_gradient(solver, term, adaptive):
@@ -121,6 +132,87 @@ def test_how_often_values_are_found(reversible, monkeypatch):
             num = n + 1 + np.sum(again)
             # (And one more for each segment.)
             assert num < len(found) <= num + np.sum(again) // length + 1
+
+
+class _Spare(eqx.Module):
+    path: diffrax.VirtualBrownianTree
+
+    def __call__(self, t, y, args):
+        return -args * y
+
+
+@pytest.mark.one_in(1)
+def test_others_that_ask():
+    # A path that no step asks, and an event that asks between the steps.
+    one, other = (
+        diffrax.VirtualBrownianTree(0.0, 3.0, 1e-3, (), jax.random.key(i))
+        for i in range(2)
+    )
+    noise = diffrax.ControlTerm(lambda t, y, args: args * y, one)
+    terms = diffrax.MultiTerm(diffrax.ODETerm(_Spare(other)), noise)
+
+    def is_far(t, y, args, *, terms, **kwargs):
+        _, increment = terms.contr(t, t + 1e-3)
+        return (y > 0.5) & (increment > -1)
+
+    def value_and_grad(adjoint):
+        def loss(args):
+            event = diffrax.Event(lambda t, y, args, **kw: ~is_far(t, y, args, **kw))
+            options = dict(adjoint=adjoint, event=event, max_steps=64)
+            times = (0.0, 2.0, 0.05)
+            solver = diffrax.EulerHeun()
+            return diffrax.diffeqsolve(terms, solver, *times, 1.0, args, **options).ys[
+                0
+            ]
+
+        return jax.jit(jax.value_and_grad(loss))(0.5)
+
+    ours = value_and_grad(OURS)
+    default = value_and_grad(diffrax.RecursiveCheckpointAdjoint())
+    assert relative_difference(ours, default) < 100 * EPS
+
+
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize("size", [2, 100])
+def test_wide_noise(size, monkeypatch):
+    # Of more numbers than the state: then no increments are stored, as there would be
+    # room for a few steps only.
+    found, make_segments = [], plan.make_segments
+
+    def make(*args):
+        found.append(make_segments(*args))
+        return found[-1]
+
+    monkeypatch.setattr(rule, "make_segments", make)
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (size,), jax.random.key(0))
+    terms = diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, args: -y),
+        diffrax.ControlTerm(lambda t, y, args: jnp.ones((2, size)), path),
+    )
+    solve = lambda y0: (
+        diffrax.diffeqsolve(
+            terms, diffrax.Euler(), 0.0, 1.0, 0.1, y0, adjoint=OURS, max_steps=1024
+        ).ys
+    )
+    jax.eval_shape(solve, jnp.ones(2))
+    [segments] = found
+    assert segments.length >= 10
+    assert segments._has_increments == (size == 2)
+
+
+def test_other_increments():
+    traced = []
+
+    class Solver(diffrax.EulerHeun):
+        def step(self, terms, t0, t1, *args, **kwargs):
+            traced.append(None)
+            for _ in range(3 - len(traced)):
+                terms.contr(t0, t1)
+            return super().step(terms, t0, t1, *args, **kwargs)
+
+    message = "must ask for the same increments"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: _solve(PARAMS, OURS, 3, Solver()).ys)
 
 
 def test_times_cannot_be_differentiated():

@@ -243,14 +243,22 @@ def loop_without_saving(*, init_state: Any, **kwargs: Any) -> tuple[Callable, ..
 class WatchedBrownianTree(diffrax.VirtualBrownianTree):
     """The same, for what `watch` makes of it: of an increment, with a function that
     finds it; and of the values at both ends, in their order, with where that is, on a
-    scale of its own."""
+    scale of its own. What is made of its leaves is another path, and not watched."""
 
-    watch: Any = eqx.field(static=True)
+    watch: Any = eqx.field(static=True, default=None)
 
-    def __init__(self, path: diffrax.VirtualBrownianTree, watch: Any):
-        for field in dataclasses.fields(path):
-            setattr(self, field.name, getattr(path, field.name))
+    # (Called by `dataclasses.replace` alone.)
+    def __init__(self, *args: Any, watch: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.watch = watch
+
+    @classmethod
+    def of(cls, path: diffrax.VirtualBrownianTree, watch: Any) -> Any:
+        self = object.__new__(cls)
+        for field in dataclasses.fields(path):
+            object.__setattr__(self, field.name, getattr(path, field.name))
+        object.__setattr__(self, "watch", watch)
+        return self
 
     def evaluate(
         self,
@@ -262,7 +270,7 @@ class WatchedBrownianTree(diffrax.VirtualBrownianTree):
         # (Not compiled by itself: no value could be taken out of that.)
         host: Any = diffrax.VirtualBrownianTree.evaluate
         find = lambda: host.__wrapped__(self, t0, t1, left, use_levy)
-        return find() if t1 is None else self.watch.increment(find)
+        return find() if t1 is None else self.watch.increment(self, find)
 
     def _evaluate(self, r: RealScalarLike) -> PyTree:
         return self.watch.value(r, super()._evaluate)

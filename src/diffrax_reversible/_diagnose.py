@@ -299,7 +299,7 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         pullback = make_pullback(solver, init_state.solver_state, made_jump)
         # One for all steps; and how it would be done.
         noise = Noise(None)
-        segments = Segments(pullback, noise, made_jump, None, 0, max_steps)
+        segments = Segments(pullback, noise, made_jump, None, False, 0, max_steps)
         hoister = Hoister()
         step = Step(
             init_state.tprev,

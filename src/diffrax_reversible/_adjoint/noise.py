@@ -7,7 +7,7 @@ been made before. So a loop over steps carries along the value at their ends, an
 increments of a segment are kept with its states.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
@@ -19,10 +19,7 @@ from jaxtyping import Array, PyTree
 
 from .._compat import WatchedBrownianTree
 from .._jax_compat import eqxi
-
-
-class OtherIncrementsError(Exception):
-    """Others are asked for than those that are given."""
+from .._method.tree import same_struct
 
 
 class Value(NamedTuple):
@@ -30,6 +27,15 @@ class Value(NamedTuple):
 
     at: Array
     value: PyTree
+
+
+class Asked(NamedTuple):
+    """What a step asks for."""
+
+    # Of each path: the increments, in their order.
+    increments: list[list[PyTree]]
+    # Of each path: the last value, or `None` if there is none.
+    ends: list[Value | None]
 
 
 class Noise:
@@ -47,127 +53,159 @@ class Noise:
         def watched(x):
             if not is_path(x):
                 return x
-            self._watches.append(_Watch())
-            return WatchedBrownianTree(x, self._watches[-1])
+            self._watches.append(_Watch(jtu.tree_leaves(x)))
+            return WatchedBrownianTree.of(x, self._watches[-1])
 
         self.terms = jtu.tree_map(watched, terms, is_leaf=is_path)
-        self._paths = [x for x in jtu.tree_leaves(terms, is_leaf=is_path) if is_path(x)]
-        # Of one step: the increments, and the last values.
-        self._structs: tuple[list, list] = ([], [])
+        # Of one step, as structures.
+        self._asked = Asked([], [])
 
     def learn(self, make_step: Callable) -> None:
         """What a step asks for. Nothing is used again if it does so within a
         transformation."""
-        if len(self._watches) == 0:
-            return
         leaves = []
 
         def found():
-            _, *out = self._watched(make_step, None)
-            leaves.extend(jtu.tree_leaves(out))
-            return out
+            _, asked = self._watched(make_step, None)
+            leaves.extend(jtu.tree_leaves(asked))
+            return asked
 
+        if len(self._watches) == 0:
+            return
         try:
-            jaxpr, structs = jax.make_jaxpr(found, return_shape=True)()
+            jaxpr, asked = jax.make_jaxpr(found, return_shape=True)()
         except jax.errors.UnexpectedTracerError:
             return
         # (What comes from within a transformation is taken for a constant.)
-        if not {id(x) for x in leaves}.isdisjoint(map(id, jaxpr.consts)):
-            return
-        self._structs = structs
+        is_usable = {id(x) for x in leaves}.isdisjoint(map(id, jaxpr.consts))
+        if is_usable and len(leaves) > 0:
+            self._asked = asked
+
+    @property
+    def is_asked(self) -> bool:
+        return len(self._asked.increments) > 0
 
     @property
     def path_arrays(self) -> list[Array]:
         """All that increments depend on, but for their times."""
-        return [x for x in jtu.tree_leaves(self._paths) if isinstance(x, jax.Array)]
+        leaves = [x for watch in self._watches for x in watch.leaves]
+        return [x for x in leaves if isinstance(x, jax.Array)]
 
-    def no_increments(self) -> list[PyTree]:
+    def no_increments(self) -> list[list[PyTree]]:
         """Zeros in place of those of a step."""
-        return _zeros(self._structs[0])
+        return _zeros(self._asked.increments)
 
-    def no_values(self) -> list[Value]:
+    def no_values(self) -> list[Value | None]:
         """Those before the first step."""
-        values = _zeros(self._structs[1])
-        return [x._replace(at=jnp.full_like(x.at, jnp.nan)) for x in values]
+        values = _zeros(self._asked.ends)
+        nowhere = lambda x: x._replace(at=jnp.full_like(x.at, jnp.nan))
+        return [None if x is None else nowhere(x) for x in values]
 
     def make(
-        self, make_step: Callable, values: list[Value]
-    ) -> tuple[Any, list[PyTree], list[Value]]:
+        self, make_step: Callable, values: list[Value | None]
+    ) -> tuple[Any, list[list[PyTree]], list[Value | None]]:
         """A step, from the values where it should start. Returns also the increments
         that it asked for, and the values where it ends."""
-        increments, ends = self._structs
-        if len(increments) == 0:
+        if not self.is_asked:
             return make_step(), [], []
-        out, *found = self._watched(make_step, values)
+        out, asked = self._watched(make_step, values)
+        if not same_struct(asked, self._asked):
+            raise ValueError(
+                "The solver's `step` must ask for the same increments of a "
+                "`diffrax.VirtualBrownianTree` whenever it is traced."
+            )
         # (Of the same dtypes, not weak ones.)
-        found = jtu.tree_map(
-            lambda x, like: lax.convert_element_type(x, like.dtype),
-            tuple(found),
-            (increments, ends),
+        asked = jtu.tree_map(
+            lambda x, like: lax.convert_element_type(x, like.dtype), asked, self._asked
         )
-        return out, *found
+        return out, *asked
 
-    def make_again(self, make_step: Callable, increments: list[PyTree]) -> Any:
+    def make_again(self, make_step: Callable, increments: list[list[PyTree]]) -> Any:
         """A step, with the increments that it asked for."""
-        given = iter(increments)
-        for watch in self._watches:
-            watch.given = given
+        for watch, given in zip(self._watches, increments, strict=True):
+            watch.given = list(given)
+            watch.is_short = False
         try:
             out = make_step()
+            are_others = any(x.is_short or x.given for x in self._watches)
         finally:
             for watch in self._watches:
                 watch.given = None
-        if next(given, None) is not None:
-            raise OtherIncrementsError
-        return out
+        return make_step() if are_others else out
 
-    def _watched(self, make_step: Callable, values: list[Value] | None):
-        found = []
+    def _watched(self, make_step: Callable, values: list[Value | None] | None):
+        counts = [len(x) for x in self._asked.increments]
+        found: list[list[PyTree]] = [[] for _ in self._watches]
         for i, watch in enumerate(self._watches):
-            watch.found, watch.last = found, None
+            watch.found, watch.last = found[i], None
+            # (What comes after a step, such as an event, may ask for more.)
+            watch.count = None if values is None else counts[i]
             watch.known = None if values is None else values[i]
         try:
             out = make_step()
-            return out, found, [watch.last for watch in self._watches]
+            return out, Asked(found, [watch.last for watch in self._watches])
         finally:
             for watch in self._watches:
                 watch.found = watch.known = watch.last = None
 
 
 class _Watch:
-    """Of a path, while a step is traced."""
+    """Of a path, while a step is traced.
 
-    # The increments that are found; those that are there, in place of these.
-    found: list | None = None
-    given: Iterator | None = None
-    # A value that may be that at the start of an increment; and the last one.
-    known: Value | None = None
-    last: Value | None = None
+    It is part of a PyTree's structure, and so all are equal: as paths may be combined,
+    leaf by leaf. What comes of that has other leaves."""
 
-    _is_start = False
+    def __init__(self, leaves: list[Any]):
+        self.leaves = leaves
+        # The increments that are found, how many at most; those that are there, in
+        # place of these.
+        self.found: list | None = None
+        self.count: int | None = None
+        self.given: list | None = None
+        self.is_short = False
+        # A value that may be that at the start of an increment; and the last one.
+        self.known: Value | None = None
+        self.last: Value | None = None
+        # Of the increment at hand: how many values have been found; or `None`.
+        self._num_values: int | None = None
 
-    def increment(self, find: Callable) -> PyTree:
-        if self.given is not None:
-            out = next(self.given, None)
-            if out is None:
-                raise OtherIncrementsError
-            return out
-        self._is_start = True
-        out = find()
-        if self.found is not None:
-            self.found.append(out)
+    def __eq__(self, other):
+        return isinstance(other, _Watch)
+
+    def __hash__(self):
+        return hash(_Watch)
+
+    def increment(self, path: PyTree, find: Callable) -> PyTree:
+        own = jtu.tree_leaves(path)
+        is_own = len(own) == len(self.leaves) and all(map(_is, own, self.leaves))
+        if is_own and self.given is not None:
+            self.is_short = self.is_short or len(self.given) == 0
+            return find() if self.is_short else self.given.pop(0)
+        if not is_own or self.found is None or len(self.found) == self.count:
+            return find()
+        self._num_values = 0
+        try:
+            out = find()
+        finally:
+            self._num_values = None
+        self.found.append(out)
         return out
 
     def value(self, at: Array, find: Callable) -> PyTree:
-        known, is_start = self.known, self._is_start
-        self._is_start = False
-        if known is None or not is_start:
+        if self._num_values is None:
+            return find(at)
+        known, self._num_values = self.known, self._num_values + 1
+        if known is None or self._num_values > 1:
             out = find(at)
         else:
             is_other = eqxi.unvmap_any(at != known.at)
             out = lax.cond(is_other, lambda: find(at), lambda: known.value)
         self.last = Value(at, out)
         return out
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
 
 
 def _zeros(structs: PyTree) -> PyTree:

@@ -81,10 +81,16 @@ def make_segments(
             1,
         )
 
+    # (With a place for one state, and for one start of a step.)
+    one = Segments(pullback, noise, made_jump, None, False, 1, 0)
+    of_own = _num_bytes((one.empty_slots(init_state), one.empty_starts(init_state)))
+    # (A step that is undone asks for them anew. And if they are much larger than the
+    # state, then there would be room for so few that most steps are recomputed often.)
+    of_noise = _num_bytes(noise.no_increments())
+    has_increments = not pullback.undoes and 0 < of_noise <= of_own
+    if has_increments:
+        of_own += of_noise
     if checkpoints == "auto":
-        # (With a place for one state, and for one start of a step.)
-        one = Segments(pullback, noise, made_jump, None, 1, 0)
-        of_own = _num_bytes((one.empty_slots(init_state), one.empty_starts(init_state)))
         # As many of one as of the other: then each step is recomputed once, if there
         # are no more of them than the square of this.
         num = max(int(_PART * of_host / of_own), 1)
@@ -104,7 +110,9 @@ def make_segments(
         if max_steps is not None:
             num_rows = min(num_rows, -(-max_steps // length))
         recorder = recorder.of_size(max(num_rows, 1))
-    return Segments(pullback, noise, made_jump, recorder, num_slots, length)
+    return Segments(
+        *(pullback, noise, made_jump, recorder, has_increments, num_slots, length)
+    )
 
 
 def _shared_out(num: int, max_steps: int | None) -> tuple[int, int]:

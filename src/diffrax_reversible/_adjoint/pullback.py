@@ -45,8 +45,8 @@ class Start(NamedTuple):
     is_rebuilt: Array
     y: PyTree
     solver_state: PyTree
-    # Of Brownian motions, in the step; or of none.
-    increments: list[PyTree]
+    # Of Brownian motions, in the step; or none, if they are not stored.
+    increments: list[list[PyTree]]
 
     def choose(self, y: PyTree, solver_state: PyTree) -> tuple[PyTree, PyTree]:
         """It, or else what was rebuilt."""

@@ -20,7 +20,7 @@ from .._method.explicit_rk import NOT_THERE
 from .._method.tree import tree_where
 from .._solver.bases import is_given_by_tableau
 from .._solver.unrolled import cast_like, Unrolled
-from .noise import Noise, OtherIncrementsError
+from .noise import Noise
 from .pullback import AbstractPullback, Grads, Rebuilt
 
 
@@ -76,23 +76,16 @@ class StepPullback(AbstractPullback):
             )
             example = (step.made_jump, step.t0, step.t1, step.y1, state)
             hoister.add(_name(dense), fn, *example)
-            self._add_again(hoister, _again(dense), fn, example)
-        if len(self._noise.no_increments()) > 0:
+            if self._noise.is_asked:
+                again = ft.partial(self._step_again, fn)
+                increments = self._noise.no_increments()
+                hoister.add(_again(_name(dense)), again, increments, *example)
+        if self._noise.is_asked:
             hoister.add("paths", lambda: self._noise.path_arrays)
 
-    def _add_again(self, hoister, name, fn, example):
+    def _step_again(self, fn, increments, *args):
         """The same, with the increments of Brownian motions."""
-        increments = self._noise.no_increments()
-        if len(increments) == 0:
-            return
-        again = lambda increments, *args: self._noise.make_again(
-            lambda: fn(*args), increments
-        )
-        try:
-            hoister.add(name, again, increments, *example)
-        except OtherIncrementsError:
-            # (Then they are asked for anew.)
-            pass
+        return self._noise.make_again(lambda: fn(*args), increments)
 
     def _step(self, terms, args, dense, made_jump, t0, t1, y0, solver_state):
         y1, _, dense_info, solver_state, _ = self._differentiated.step(
@@ -107,11 +100,10 @@ class StepPullback(AbstractPullback):
         times = (step.t0, step.t1)
         constant, varying = fns.split_times((step.made_jump,), times)
         name = _name(want_dense_info)
-        # (Where they are constants.)
-        if _again(want_dense_info) in fns.hoisted and not (
-            fns.times_vary or fns.depends("paths")
-        ):
-            name, constant = _again(want_dense_info), (start.increments, *constant)
+        has_increments = len(start.increments) > 0
+        # (They are stored as constants.)
+        if has_increments and not (fns.times_vary or fns.depends("paths")):
+            name, constant = _again(name), (start.increments, *constant)
         (_, _, dense_info), pull_step = fns.vjp(
             name, constant, (*varying, start.y, start.solver_state)
         )
@@ -136,8 +128,8 @@ def _name(dense: bool) -> str:
     return "step_dense" if dense else "step"
 
 
-def _again(dense: bool) -> str:
-    return f"{_name(dense)}_again"
+def _again(name: str) -> str:
+    return f"{name}_again"
 
 
 def _with_stages(solver: Any, kind: str) -> Any:

@@ -38,7 +38,7 @@ class Starts(NamedTuple):
     y: PyTree
     stored: PyTree
     # Of Brownian motions, if steps are not undone: see `Noise`.
-    increments: list[PyTree]
+    increments: list[list[PyTree]]
 
 
 class Steps(NamedTuple):

@@ -49,7 +49,7 @@ class _Made(NamedTuple):
     starts: Starts
     marks: Marks | None
     # Of Brownian motions, where the next step should start.
-    values: list[Value]
+    values: list[Value | None]
 
 
 class Segments:
@@ -59,6 +59,8 @@ class Segments:
 
     - `made_jump`: `False` if that is known in advance of every step; or an example.
     - `recorder`: `None` if no step can be undone.
+    - `has_increments`: Whether those of Brownian motions are stored with the states of
+        a segment.
     - `num_slots`: How many states may be stored.
     - `length`: Of a segment, the most steps.
     """
@@ -69,6 +71,7 @@ class Segments:
         noise: Noise,
         made_jump: Any,
         recorder: Recorder | None,
+        has_increments: bool,
         num_slots: int,
         length: int,
     ):
@@ -76,6 +79,7 @@ class Segments:
         self._noise = noise
         self.made_jump = made_jump
         self.recorder = recorder
+        self._has_increments = has_increments
         self.num_slots = num_slots
         self.length = length
 
@@ -161,9 +165,8 @@ class Segments:
         places = jnp.arange(self.length + 1)
         return jnp.minimum((places - first) % (self.length + 1), self.length - 1)
 
-    def _start(self, state, t_last: Array, increments: list[PyTree]) -> Starts:
-        # (A step that is undone asks for them anew.)
-        increments = [] if self.pullback.undoes else increments
+    def _start(self, state, t_last: Array, increments: list[list]) -> Starts:
+        increments = increments if self._has_increments else []
         stored = self.stored(state, t_last)
         return Starts(
             stored.t_last,
