@@ -301,13 +301,7 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         noise = Noise(None)
         segments = Segments(pullback, noise, made_jump, None, False, 0, max_steps)
         hoister = Hoister()
-        step = Step(
-            init_state.tprev,
-            init_state.tnext,
-            init_state.y,
-            init_state.solver_state,
-            made_jump,
-        )
+        step = Step.example(init_state, made_jump)
         pullback.add_functions(hoister, terms, args, step)
         real = make_segments(
             pullback,

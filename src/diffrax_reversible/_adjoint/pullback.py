@@ -35,6 +35,12 @@ class Step(NamedTuple):
     solver_state: PyTree
     made_jump: Any
 
+    @classmethod
+    def example(cls, init_state, made_jump: Any) -> "Step":
+        """Of the same structure, shapes and dtypes."""
+        times = (init_state.tprev, init_state.tnext)
+        return cls(*times, init_state.y, init_state.solver_state, made_jump)
+
 
 class Start(NamedTuple):
     """What is known of the start of a step without undoing it."""

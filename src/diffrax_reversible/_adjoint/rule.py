@@ -84,26 +84,13 @@ def outer_while_loop(
     init_state = without_tangents(replace(init_state, solver_state=solver_state))
     constant = times_.constant(stepsize_controller, init_state)
     is_even = constant is not None
+    step = Step.example(init_state, made_jump)
+    t0, t_next, y0, solver_state0, _ = step
     noise.learn(
-        lambda: solver.step(
-            terms,
-            init_state.tprev,
-            init_state.tnext,
-            init_state.y,
-            args,
-            init_state.solver_state,
-            made_jump,
-        )
+        lambda: solver.step(terms, t0, t_next, y0, args, solver_state0, made_jump)
     )
     # What the rule needs, as functions whose constants are explicit.
     hoister = Hoister()
-    step = Step(
-        init_state.tprev,
-        init_state.tnext,
-        init_state.y,
-        init_state.solver_state,
-        made_jump,
-    )
     pullback.add_functions(hoister, terms, args, step)
     segments = make_segments(
         *(pullback, noise, init_state, made_jump, is_even, hoister.num_bytes),
