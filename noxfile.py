@@ -178,7 +178,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """All benchmarks but the study of stability, which takes hours."""
+    """All benchmarks but the study of stability, which takes 40 minutes."""
     session.install("-e", ".[examples]")
     for name in ("gradient", "memory", "compiling", "work_precision"):
         picture = f"{session.create_tmp()}/{name}.png"

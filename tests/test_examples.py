@@ -57,7 +57,9 @@ def test_pictures_are_as_new_as_their_tables(name):
     folder = ROOT / "examples" / "benchmarks"
     rows = Image.open(folder / name).text["Description"].splitlines()
     assert len(rows) > 0
-    assert set(rows) <= set((folder / "README.md").read_text().splitlines())
+    # (There those in which we lose are bold.)
+    text = (folder / "README.md").read_text().replace("**", "")
+    assert set(rows) <= set(text.splitlines())
 
 
 def test_hare_lynx(run_quick, capsys):

@@ -441,6 +441,10 @@ def save(figure, filename, lines):
     figure.savefig(filename, dpi=150, metadata=metadata)
 
 
+def number(x):
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
+
+
 def versions():
     return f"JAX {jax.__version__}, diffrax {diffrax.__version__}"
 
@@ -470,9 +474,10 @@ def plot(table, filename, lines):
             ax.plot(by_hand, height, "|", color="k", label="by hand" if k else None)
         ax.set_xlabel(label)
         ax.axvline(1, color="tab:gray", lw=1, label="the default adjoint")
-    axes[1].legend(fontsize="small")
     axes[0].set_yticks(places + 0.17, list(table))
     axes[0].invert_yaxis()
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
     title = "A gradient with `ReversibleAdjoint()`, relative to the default adjoint"
     figure.suptitle(f"{title}\ntwo cores of a CPU, {versions()}", fontsize=9)
     save(figure, filename, lines)
@@ -501,7 +506,7 @@ def main(argv=None):
         times, sizes = measure(problem, base, num_steps, options, repeats)
         table[name] = times, sizes
         own, num_bytes = times["default"], sizes["default"]
-        cells = [name, f"{1e3 * own:.3g} ({num_bytes / 1e3:.3g})"]
+        cells = [name, f"{number(1e3 * own)} ({number(num_bytes / 1e3)})"]
         for x in COLUMNS[1:]:
             has = x in times
             ratios = f"{times[x] / own:.2f} ({sizes[x] / num_bytes:.2g})" if has else ""

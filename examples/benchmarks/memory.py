@@ -19,6 +19,7 @@ from gradient import (
     DEFAULT,
     loss_of,
     medians,
+    number,
     OURS,
     save,
     temporary_bytes,
@@ -86,7 +87,7 @@ def main(argv=None):
         sizes = [temporary_bytes(c) for _, c, _ in compiled]
         table[n] = list(zip(sizes, times))
         cells = [f"{b / 1e3:.0f}" for b in sizes]
-        cells += [f"{1e3 * t:.3g}" if is_timed else "" for t in times]
+        cells += [number(1e3 * t) if is_timed else "" for t in times]
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     if args.output is not None:
