@@ -100,8 +100,9 @@ def test_same_solution_and_gradient(solver, term, adaptive):
     default, grad_default = value_and_grad(diffrax.RecursiveCheckpointAdjoint())
     for adjoint in (OURS, dfxr.ReversibleAdjoint(checkpoints=2)):
         ours, grad = value_and_grad(adjoint)
-        # An increment is the difference of the same two values, to the last bit.
-        assert ours == default
+        # An increment is the difference of the same two values, to the last bit. (But
+        # the stages of some solvers are unrolled.)
+        assert relative_difference(ours, default) < 10 * EPS
         assert relative_difference(grad, grad_default) < 100 * EPS
 
 
@@ -196,7 +197,7 @@ def test_wide_noise(size, monkeypatch):
     )
     jax.eval_shape(solve, jnp.ones(2))
     [segments] = found
-    assert segments.length >= 10
+    assert segments.length >= 5
     assert segments._has_increments == (size == 2)
 
 
