@@ -864,12 +864,52 @@ def test_what_memory_is_given_to(size, max_steps, monkeypatch):
     size_of = lambda x: sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x)
     )
-    # (One more state, which is rejected; and at least one row.)
+    # (One more state, which is rejected; and at least one row. There are no constants.)
     assert size_of(states) <= 0.6 * of_host * (1 + 1 / segments.length)
     assert size_of(record) <= 0.4 * of_host or segments.recorder.num_rows == 1
     assert segments.length % 2 == 1
     if size_of(states) > 2 * 2**16:
         assert segments.num_slots == 16 and segments.length == 15
+
+
+def test_large_constants_are_given_little(monkeypatch):
+    # Whether they are differentiated is not known.
+    found, make = [], plan.make_segments
+
+    def make_segments(pullback, noise, init_state, *args):
+        found.append((make(pullback, noise, init_state, *args), init_state))
+        return found[-1][0]
+
+    monkeypatch.setattr(rule, "make_segments", make_segments)
+    sizes = []
+    for num in (1, 100, 10**6):
+        jax.eval_shape(
+            lambda args: (
+                diffrax.diffeqsolve(
+                    diffrax.ODETerm(lambda t, y, args: -y * jnp.sum(args)),
+                    diffrax.Tsit5(),
+                    0.0,
+                    1.0,
+                    0.1,
+                    jnp.ones(20),
+                    args,
+                    adjoint=dfxr.ReversibleAdjoint(),
+                ).ys
+            ),
+            jnp.ones(num),
+        )
+        segments, init_state = found.pop()
+        of_host = plan._num_checkpoints(4096) * plan._num_bytes(
+            without_saving(init_state)
+        )
+        states = jax.eval_shape(
+            lambda s=segments, i=init_state: (s.empty_slots(i), s.empty_starts(i))
+        )
+        sizes.append(
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states)) / of_host
+        )
+    few, some, many = sizes
+    assert few <= 0.65 and few <= some <= many <= 0.95 and many > 0.75
 
 
 def test_max_steps_costs_little():

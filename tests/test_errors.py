@@ -644,7 +644,7 @@ PROVOKED = {
     "could not recompute the states of this": lambda: jax.block_until_ready(
         _check(is_lost=jnp.array(True))
     ),
-    "must ask for the same increments": "test_noise.py::test_other_increments",
+    "must ask for the same increments": "test_brownian.py::test_other_increments",
     "The gradient is not finite": "test_stability.py::test_gradient_not_finite",
     "stops at `max_steps` with a rejected step": (
         "test_events.py::test_last_step_rejected"

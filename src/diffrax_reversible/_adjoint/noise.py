@@ -63,11 +63,12 @@ class Noise:
     def learn(self, make_step: Callable) -> None:
         """What a step asks for. Nothing is used again if it does so within a
         transformation."""
-        leaves = []
+        # (Or they would outlive the trace.)
+        ids = set()
 
         def found():
             _, asked = self._watched(make_step, None)
-            leaves.extend(jtu.tree_leaves(asked))
+            ids.update(map(id, jtu.tree_leaves(asked)))
             return asked
 
         if len(self._watches) == 0:
@@ -77,8 +78,7 @@ class Noise:
         except jax.errors.UnexpectedTracerError:
             return
         # (What comes from within a transformation is taken for a constant.)
-        is_usable = {id(x) for x in leaves}.isdisjoint(map(id, jaxpr.consts))
-        if is_usable and len(leaves) > 0:
+        if len(ids) > 0 and ids.isdisjoint(map(id, jaxpr.consts)):
             self._asked = asked
 
     @property
