@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
@@ -27,6 +26,7 @@ from .._method.controlled import precision
 from .._method.tree import arrays, tree_where
 from . import verify as verify
 from .check import all_finite
+from .index import div, put, take
 from .pullback import Start, Step
 from .record import Ends, Record, Starts
 from .segments import Segments, Stored
@@ -154,7 +154,7 @@ class Walk:
             slots = slots._replace(count=jnp.where(again, none, slots.count))
             is_wrong = is_wrong & ~again
         n = carry.num_steps
-        k = jnp.maximum(n - 1, 0) // segments.length
+        k = div(jnp.maximum(n - 1, 0), segments.length)
         first = k * segments.length
 
         is_stored, stored = slots.top() == n, slots.top_state(self._initial)
@@ -201,8 +201,7 @@ class Walk:
         return Backward(carry, slots, starts, is_wrong | (lost & recomputes), check)
 
     def _at(self, starts: Starts, number: Array) -> _At:
-        place = self._segments.place(number)
-        at: Starts = jtu.tree_map(lambda x: x[place], starts)
+        at: Starts = take(starts, self._segments.place(number))
         static = (self._static.y, self._static.solver_state)
         return _At(at, *eqx.combine((at.y, at.stored), static))
 
@@ -225,10 +224,10 @@ class Walk:
         """The last steps before that with the number `n`, if `pred`: from the `top` of
         the `slots`."""
         length, start = self._segments.length, slots.top()
-        pieces = -(-(n - start) // length)
+        pieces = div(n - start + length - 1, length)
         free = jnp.maximum(self._segments.num_slots - slots.count, 0)
         # Where there is no more room nothing is stored.
-        stride = length * -(-pieces // (free + 1))
+        stride = length * div(pieces + free, free + 1)
         stop = jnp.where(pred, n, start)
         return self._refill(start, top, stop, slots, stride, starts)
 
@@ -257,12 +256,8 @@ class Walk:
         order = self._segments.order(first)
         starts = self._recorder.load(self._record.steps, starts, order, k, pred)
         place, here = self._segments.place(first), pred & (number == first)
-
-        def put(x, buffer):
-            return buffer.at[place].set(jnp.where(here, x, buffer[place]))
-
-        y = jtu.tree_map(put, top.y, starts.y)
-        stored = jtu.tree_map(put, top.solver_state, starts.stored)
+        y = put(starts.y, place, top.y, here)
+        stored = put(starts.stored, place, top.solver_state, here)
         return starts._replace(y=y, stored=stored)
 
     def _last_differs(self, starts: Starts) -> Array:

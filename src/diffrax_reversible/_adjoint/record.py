@@ -19,6 +19,7 @@ from .._jax_compat import eqxi
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
 from .._method.tree import same_struct, statics, stop_gradient
+from .index import put, rem, take, take_all
 from .save import Saved
 from .slots import Slots
 from .vmap import together
@@ -238,7 +239,7 @@ class Recorder:
         # (As all of a batch that makes the same steps record them once.)
         needs = needs | together(leaves, index)
         if self._every is not None:
-            wants = wants | (index % self._every == 0)
+            wants = wants | (rem(index, self._every) == 0)
         # (The start of the solve is there anyway.)
         is_wanted = accepted & (needs | wants) & (index > 0)
         is_marked = is_wanted | (accepted & needs)
@@ -270,11 +271,7 @@ class Recorder:
 
     def write(self, steps: Steps, row: Steps, k: Array, pred: Any) -> Steps:
         """The `k`th segment, if `pred`."""
-
-        def put(x, buffer):
-            return eqxi.buffer_at_set(buffer, k % self.num_rows, x, pred=pred)
-
-        return jtu.tree_map(put, row, steps)
+        return put(steps, rem(k, self.num_rows), row, pred)
 
     #
     # On the backward pass
@@ -284,21 +281,20 @@ class Recorder:
         """Whether the `k`th segment is to be recomputed; as it is too if there is no
         record of it any more."""
         is_lost = k < marks.num_recorded - self.num_rows
-        return is_lost | steps.is_marked[k % self.num_rows]
+        return is_lost | take(steps.is_marked, rem(k, self.num_rows))
 
     def load(
         self, steps: Steps, starts: Starts, order: Array, k: Array, pred: Array
     ) -> Starts:
         """If `pred`, the steps of the `k`th segment, without their states. `order` are
         the numbers of the steps within that segment, in the places of `starts`."""
-
-        row: Steps = jtu.tree_map(lambda x: x[k % self.num_rows], steps)
+        row: Steps = take(steps, rem(k, self.num_rows))
         t1 = row.t1.ends(row.t_first) if self.is_even else row.t1
         t_prev = jnp.concatenate([row.t_first[None], t1[:-1]])
         t0 = row.t0 if self._has_jumps else t_prev
         new = (t_prev, t0, t1, row.made_jump, row.recorded)
         # (Not of the states, which may be large.)
-        new = jtu.tree_map(lambda x: x[order], new)
+        new = take_all(new, order)
         old = (*starts[:4], self._leaves(starts.stored))
         *times, recorded = jtu.tree_map(lambda a, b: jnp.where(pred, a, b), new, old)
         stored = starts.stored

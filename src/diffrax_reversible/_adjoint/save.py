@@ -13,6 +13,7 @@ from .._compat import save_every
 from .._jax_compat import eqxi
 from .functions import Functions
 from .hoist import Hoisted, Hoister, materialise
+from .index import take
 from .pullback import Step
 
 
@@ -54,7 +55,7 @@ class Saved(NamedTuple):
     index: Array
 
     def last(self, buffers: PyTree) -> PyTree:
-        return jtu.tree_map(lambda x: x[jnp.maximum(self.index - 1, 0)], buffers)
+        return take(buffers, jnp.maximum(self.index - 1, 0))
 
 
 def is_zero(grads: PyTree) -> bool:
@@ -115,7 +116,7 @@ def pull_ts(
     times_vary = fns.times_vary or grad_ts is not None
 
     def last(ts_index):
-        t = ts[jnp.maximum(ts_index - 1, 0)]
+        t = take(ts, jnp.maximum(ts_index - 1, 0))
         return t, (ts_index > 0) & saved_here(t)
 
     def cond_fun(carry):

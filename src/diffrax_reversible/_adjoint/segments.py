@@ -19,11 +19,12 @@ from .._jax_compat import eqxi
 from .._method.tree import arrays, replace, statics, stop_gradient, tree_where
 from . import slots as slots_
 from .hoist import Hoister
+from .index import div, put, rem, take, take_all
 from .noise import Noise, Value
 from .pullback import AbstractPullback
 from .record import Marks, Record, Recorder, Starts
 from .slots import Keeping, Slots
-from .vmap import where_active
+from .vmap import tree_where_active
 
 
 class Stored(NamedTuple):
@@ -157,13 +158,14 @@ class Segments:
     def place(self, number: Array) -> Array:
         """That of a step in `Starts`. There is one more than a segment has steps: the
         last step of a solve may be a rejected one."""
-        return number % (self.length + 1)
+        return rem(number, self.length + 1)
 
     def order(self, first: Array) -> Array:
         """In each place of `Starts`: the number of the step there within the segment
         that begins with the `first`. (In the place that is left over, of the last.)"""
-        places = jnp.arange(self.length + 1)
-        return jnp.minimum((places - first) % (self.length + 1), self.length - 1)
+        places, size = jnp.arange(self.length + 1), self.length + 1
+        order = rem(places + size - self.place(first), size)
+        return jnp.minimum(order, self.length - 1)
 
     def _start(self, state, t_last: Array, increments: list[list]) -> Starts:
         increments = increments if self._has_increments else []
@@ -236,12 +238,12 @@ class Segments:
             return out
 
         def is_due(n):
-            return (n % self.length == 0) & records
+            return (rem(n, self.length) == 0) & records
 
         def visit(made, kept, due):
             keeping, steps = kept
             marks, n = made.marks, made.state.num_accepted_steps
-            k = n // self.length
+            k = div(n, self.length)
             if self.num_slots > 0:
                 stored = stop_gradient(self.stored(made.state, made.t_last))
                 keeping = keeping.add(k, n, stored, due)
@@ -274,7 +276,7 @@ class Segments:
             records=records,
         )
         state, marks = made.state, made.marks
-        num_wanted = jnp.maximum(state.num_accepted_steps - 1, 0) // self.length
+        num_wanted = div(jnp.maximum(state.num_accepted_steps - 1, 0), self.length)
         if marks is not None:
             num_wanted = marks.num_wanted
             # (These are of the size of `y`.)
@@ -305,7 +307,7 @@ class Segments:
             return (state.num_accepted_steps < stop) & cond_fun(state)
 
         def is_due(n):
-            return (n < stop - self.length) & ((n - first) % stride == 0)
+            return (n < stop - self.length) & (rem(n - first, stride) == 0)
 
         def visit(made, slots, due):
             n, stored = made.state.num_accepted_steps, self.stored(*made[:2])
@@ -407,24 +409,13 @@ class Segments:
 
     def _segment(self, made: "_Made", k: Array) -> Starts:
         """The steps of the `k`th segment, in their order."""
-        starts = made.starts._replace(increments=[])
         places = self.place(k * self.length + jnp.arange(self.length))
-
-        def read(_, buffer):
-            while not eqx.is_array(buffer):
-                buffer = buffer._array
-            return buffer[places]
-
-        return jtu.tree_map(read, self._start(*made[:2], []), starts)
+        return take_all(made.starts._replace(increments=[]), places)
 
 
 def _put(starts: Starts, start: Starts, place: Array, active, records) -> Starts:
     """That of a step, into its place. If the step is rejected then the one after it is
     put there."""
 
-    def put(x, buffer):
-        old = buffer[place]
-        x = where_active(active, x, old)
-        return buffer.at[place].set(jnp.where(records, x, old))
-
-    return jtu.tree_map(put, start, starts)
+    old = take(starts, place)
+    return put(starts, place, tree_where_active(active, start, old), records)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._jax_compat import eqxi
+from .._method.tree import tree_where
+from .index import put, rem, take
 
 
 class Slots(NamedTuple):
@@ -26,33 +27,23 @@ class Slots(NamedTuple):
         return self.order.shape[0]
 
     def _slot(self, k: Array) -> Array:
-        return self.order[jnp.maximum(k, 0)]
+        return take(self.order, jnp.maximum(k, 0))
 
     def top(self) -> Array:
         """The number of the step on top; if there is none then 0, the start."""
         k = self.count - 1
-        return jnp.where(k >= 0, self.numbers[self._slot(k)], 0)
+        return jnp.where(k >= 0, take(self.numbers, self._slot(k)), 0)
 
     def top_state(self, initial: PyTree) -> PyTree:
         slot, is_empty = self._slot(self.count - 1), self.count == 0
-        return jtu.tree_map(
-            lambda x, buffer: jnp.where(is_empty, x, buffer[slot]),
-            initial,
-            self.states,
-        )
+        return tree_where(is_empty, initial, take(self.states, slot))
 
     def push(self, number: Array, state: PyTree, pred: Any) -> "Slots":
         """Puts a state on top, if `pred`. (There must be a free slot then.)"""
         slot = self._slot(jnp.minimum(self.count, self.size - 1))
-
-        def put(x, buffer):
-            if hasattr(buffer, "_array"):
-                return eqxi.buffer_at_set(buffer, slot, x, pred=pred)
-            return buffer.at[slot].set(jnp.where(pred, x, buffer[slot]))
-
         return self._replace(
-            numbers=put(number.astype(self.numbers.dtype), self.numbers),
-            states=jtu.tree_map(put, state, self.states),
+            numbers=put(self.numbers, slot, number, pred),
+            states=put(self.states, slot, state, pred),
             count=self.count + jnp.where(pred, 1, 0),
         )
 
@@ -90,7 +81,7 @@ class Keeping(NamedTuple):
         """If `pred`, the start of the `k`th segment, which is that of the step with
         this `number`."""
         slots, stride = self.slots, self.stride
-        pred = pred & (k % stride == 0)
+        pred = pred & (rem(k, stride) == 0)
         is_full = pred & (slots.count == slots.size)
         # (The slots that are freed come last; no state is copied.)
         order = slots.order
@@ -100,5 +91,5 @@ class Keeping(NamedTuple):
             count=jnp.where(is_full, slots.size // 3, slots.count),
         )
         stride = jnp.where(is_full, 3 * stride, stride)
-        pred = pred & (k % stride == 0)
+        pred = pred & (rem(k, stride) == 0)
         return Keeping(slots.push(number, state, pred), stride)

@@ -15,6 +15,7 @@ from . import save as save, times as times_
 from .check import is_nonzero
 from .functions import Functions
 from .hoist import materialise
+from .index import rem, take
 from .pullback import AbstractPullback, Rebuilt, Start, Step
 from .record import Ends
 from .vmap import tree_where_active, where_active
@@ -272,18 +273,18 @@ class Undo:
             grad_dense_info = tree_add(
                 grad_dense_info,
                 jtu.tree_map(
-                    lambda g: where_active(active, g[index], jnp.zeros_like(g[index])),
-                    self._grad_dense_infos,
+                    lambda g: where_active(active, g, jnp.zeros_like(g)),
+                    take(self._grad_dense_infos, index),
                 ),
             )
         grad_t0 = grad_t1 = grad_end = jnp.zeros_like(carry.t1)
         if fns.times_vary and grad.dense_ts is not None:
-            grad_end = grad_end + grad.dense_ts[index + 1]
+            grad_end = grad_end + take(grad.dense_ts, index + 1)
         new_saved, loses_time = [], carry.loses_time
         for i, saved in enumerate(carry.saved):
             grad_ys, grad_saved = self._grad_ys[i], self._grad_saves[i]
             if self._steps[i] != 0:
-                is_saved = active & ((index + 1) % self._steps[i] == 0)
+                is_saved = active & (rem(index + 1, self._steps[i]) == 0)
                 if grad_ys is not None:
                     new_consts, grad_t, grad_y = save.pull_steps(
                         fns, i, is_saved, carry.t_after, carry.y1, grad_ys, saved

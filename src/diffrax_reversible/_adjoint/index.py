@@ -1,0 +1,65 @@
+"""Numbers that are known not to be negative, and indices that are in bounds too. `jnp`
+asks about that wherever one is used, which XLA compiles over and over."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+
+def div(n: Array, m: Any) -> Array:
+    """`n // m`."""
+    return lax.div(n, jnp.asarray(m, n.dtype))
+
+
+def rem(n: Array, m: Any) -> Array:
+    """`n % m`."""
+    return lax.rem(n, jnp.asarray(m, n.dtype))
+
+
+def take(tree: PyTree, i: Array) -> PyTree:
+    """`x[i]` of each array, or buffer of a loop."""
+    i = _unsigned(i)
+    return jtu.tree_map(lambda x: _take(x, i), tree, is_leaf=_is_buffer)
+
+
+def take_all(tree: PyTree, indices: Array) -> PyTree:
+    """`x[indices]` of each array, or buffer of a loop."""
+    i = _unsigned(indices)
+    return jtu.tree_map(
+        lambda x: _array(x).at[i].get(mode="promise_in_bounds"),
+        tree,
+        is_leaf=_is_buffer,
+    )
+
+
+def put(tree: PyTree, i: Array, new: PyTree, pred: Any) -> PyTree:
+    """`x.at[i].set(new)` of each array, or buffer of a loop, if `pred`."""
+    i = _unsigned(i)
+
+    def one(x, old):
+        if _is_buffer(old):
+            return eqx.tree_at(lambda b: b._array, old, one(x, old._array))
+        x = jnp.where(pred, x, _take(old, i)).astype(old.dtype)
+        return lax.dynamic_update_index_in_dim(old, x, i, 0)
+
+    return jtu.tree_map(one, new, tree)
+
+
+def _unsigned(i: Array) -> Array:
+    return jnp.asarray(i).astype(jnp.uint32)
+
+
+def _take(x: Any, i: Array) -> Array:
+    return lax.dynamic_index_in_dim(_array(x), i, keepdims=False)
+
+
+def _array(x: Any) -> Array:
+    return _array(x._array) if _is_buffer(x) else x
+
+
+def _is_buffer(x: Any) -> bool:
+    return isinstance(x, eqx.Module) and hasattr(x, "_array")
