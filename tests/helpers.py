@@ -17,7 +17,7 @@ import numpy as np
 import optimistix
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan
+from diffrax_reversible._adjoint import plan, rule
 
 
 #
@@ -440,6 +440,20 @@ class _BroadcastPath(diffrax.AbstractPath):
 
 def make_args(key, dtype):
     return {"scale": 1 + 0.3 * jax.random.normal(key, (), dtype), "label": "args"}
+
+
+def spy_segments(monkeypatch):
+    """A list to which each solve that is traced adds its `Segments`, and the state that
+    it begins with."""
+    found, make = [], plan.make_segments
+
+    def make_segments(pullback, noise, init_state, *args, **kwargs):
+        segments = make(pullback, noise, init_state, *args, **kwargs)
+        found.append((segments, init_state))
+        return segments
+
+    monkeypatch.setattr(rule, "make_segments", make_segments)
+    return found
 
 
 def short_records(monkeypatch):

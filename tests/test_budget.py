@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan, rule, slots as slots_, verify
+from diffrax_reversible._adjoint import plan, slots as slots_, verify
 from diffrax_reversible._adjoint.batch import Batch
 from diffrax_reversible._adjoint.functions import Functions
 from diffrax_reversible._adjoint.hoist import Hoister
@@ -24,6 +24,7 @@ from .helpers import (
     GenericLeapfrog,
     relative_difference,
     short_records,
+    spy_segments,
 )
 from .test_counts import Counter
 
@@ -43,7 +44,7 @@ def test_steps_recomputed(num_steps, checkpoints, monkeypatch):
     monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
     # Of a solver with one evaluation a step.
     counter = Counter()
-    num_slots, length = plan._shared_out(checkpoints, num_steps)
+    num_slots, length = plan.share_out_undone(checkpoints, num_steps)
 
     def loss(y0, checkpoint_every):
         adjoint = dfxr.ReversibleAdjoint(checkpoints, checkpoint_every)
@@ -829,14 +830,7 @@ def test_memory_hardly_grows():
     "size,max_steps", [(1, 64), (2, 4096), (1000, 4096), (1, None)]
 )
 def test_what_memory_is_given_to(size, max_steps, monkeypatch):
-    found = []
-    make = plan.make_segments
-
-    def make_segments(pullback, noise, init_state, *args):
-        found.append((make(pullback, noise, init_state, *args), init_state))
-        return found[-1][0]
-
-    monkeypatch.setattr(rule, "make_segments", make_segments)
+    found = spy_segments(monkeypatch)
     jax.eval_shape(
         lambda y0: (
             diffrax.diffeqsolve(
@@ -853,7 +847,7 @@ def test_what_memory_is_given_to(size, max_steps, monkeypatch):
         jnp.ones(size),
     )
     [(segments, init_state)] = found
-    num = 64 if max_steps is None else plan._num_checkpoints(max_steps)
+    num = 64 if max_steps is None else plan.num_checkpoints_of_host(max_steps)
     of_host = num * plan._num_bytes(without_saving(init_state))
     states = jax.eval_shape(
         lambda: (segments.empty_slots(init_state), segments.empty_starts(init_state))
@@ -874,13 +868,7 @@ def test_what_memory_is_given_to(size, max_steps, monkeypatch):
 
 def test_large_constants_are_given_little(monkeypatch):
     # Whether they are differentiated is not known.
-    found, make = [], plan.make_segments
-
-    def make_segments(pullback, noise, init_state, *args):
-        found.append((make(pullback, noise, init_state, *args), init_state))
-        return found[-1][0]
-
-    monkeypatch.setattr(rule, "make_segments", make_segments)
+    found = spy_segments(monkeypatch)
     sizes = []
     for num in (1, 100, 10**6):
         jax.eval_shape(
@@ -899,7 +887,7 @@ def test_large_constants_are_given_little(monkeypatch):
             jnp.ones(num),
         )
         segments, init_state = found.pop()
-        of_host = plan._num_checkpoints(4096) * plan._num_bytes(
+        of_host = plan.num_checkpoints_of_host(4096) * plan._num_bytes(
             without_saving(init_state)
         )
         states = jax.eval_shape(

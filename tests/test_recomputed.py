@@ -5,8 +5,10 @@ The registry gives each of them the generic tests, against forward mode. Here ar
 """
 
 import functools as ft
+import re
 
 import diffrax
+import equinox.internal as eqxi
 import hypothesis as hyp
 import hypothesis.strategies as st
 import jax
@@ -16,7 +18,7 @@ import optimistix
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint.plan import _shared_out
+from diffrax_reversible._adjoint import plan
 
 from .derivatives import agree, everything
 from .helpers import relative_difference
@@ -54,14 +56,37 @@ def _solve(adjoint, params, *, solver=diffrax.Heun(), terms=None, **kwargs):
 
 @hyp.given(st.integers(0, 10_000), st.none() | st.integers(1, 10_000))
 def test_states_are_shared_out(num, max_steps):
-    num_slots, length = _shared_out(num, max_steps)
-    assert num_slots >= 0 and length >= 1
-    assert num_slots + length <= max(num, 1)
-    # If each step can be recomputed once alone, then that is how it is.
-    if max_steps is not None and num**2 >= 4 * max_steps and num > 1:
-        assert num_slots * length >= max_steps - 2
-    # See `Keeping`.
-    assert length % 2 == 1
+    for is_undone in (False, True):
+        if is_undone:
+            num_slots, length = plan.share_out_undone(num, max_steps)
+        else:
+            num_slots, length = plan.share_out_recomputed(float(num), max_steps)
+        assert num_slots >= 0 and length >= 1
+        assert num_slots + length <= max(num, 1)
+        # If each step can be recomputed once alone, then that is how it is.
+        if max_steps is not None and num**2 >= 4 * max_steps and num > 1:
+            assert (num_slots + 1) * length >= max_steps
+        if is_undone:
+            # See `Keeping`.
+            assert length % 2 == 1
+        elif max_steps is not None and num >= max_steps:
+            # None is recomputed.
+            assert (num_slots, length) == (0, max_steps)
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 6, 10, 64, 1000, 4095, 4096])
+def test_checkpoints_of_diffrax(max_steps):
+    loop = lambda y: eqxi.while_loop(
+        lambda y: y < 2.0,
+        lambda y: 1.1 * y,
+        y,
+        kind="checkpointed",
+        max_steps=max_steps,
+    )
+    # There are arrays with one number for each, and no others.
+    jaxpr = str(jax.make_jaxpr(jax.grad(loop))(1.0))
+    sizes = {int(n) for n in re.findall(r"f64\[(\d+)\]", jaxpr)}
+    assert max(sizes) == plan.num_checkpoints_of_host(max_steps)
 
 
 @ft.cache
@@ -138,10 +163,17 @@ def test_evaluations(solver, stages, has_slope):
 
 
 def test_evaluations_of_segments():
-    # Of 19 steps each; and of the last, of 12, nothing is recomputed.
+    # Of 20 steps each; and of the last, of 10, nothing is recomputed.
     n = 50
     evaluations, pullbacks = _count(diffrax.Heun(), n, 40)
-    assert evaluations == 2 * (n + 38 + n)
+    assert evaluations == 2 * (n + 40 + n)
+    assert pullbacks == 2 * n
+
+
+def test_evaluations_if_all_states_are_stored():
+    n = 50
+    evaluations, pullbacks = _count(diffrax.Heun(), n, 4096)
+    assert evaluations == 2 * (n + n)
     assert pullbacks == 2 * n
 
 

@@ -19,6 +19,7 @@ from ._adjoint.pullback import Step
 from ._adjoint.record import asks, at_rest, Even, Recorder, Starts
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.segments import Segments
+from ._adjoint.times import constant
 from ._adjoint.verify import tolerance
 from ._compat import ArrayTree, BoolScalarLike, host_loop, PyTree, RealScalarLike, Terms
 from ._drift import distance
@@ -308,11 +309,11 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
             noise,
             init_state,
             made_jump,
-            type(stepsize_controller) is diffrax.ConstantStepSize,
-            hoister.num_bytes,
-            max_steps,
-            self.adjoint.checkpoints,
-            self.adjoint.checkpoint_every,
+            is_even=constant(stepsize_controller, init_state) is not None,
+            bytes_of_consts=hoister.num_bytes,
+            max_steps=max_steps,
+            checkpoints=self.adjoint.checkpoints,
+            checkpoint_every=self.adjoint.checkpoint_every,
         )
         runs = []
 

@@ -32,18 +32,20 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     [`diffrax_reversible.AbstractReversibleSolver`][], and [`diffrax.ReversibleHeun`][],
     [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][].
 
-    **Segments:** The state at every `n`th step is stored, where `n` is about the square
-    root of `max_steps`; if there is no more room then that at every `3n`th, and so on.
-    The backward pass goes from one of these segments to the one before. It recomputes
-    the steps of a segment, from the last stored state before it, with the step size
-    controller; and then it differentiates each at its start. So a step costs one more
-    step, and one with its pullback. (Of the last `n` steps nothing is recomputed, and
-    so of no step of a short solve.) With `max_steps=None`, or where states take more
-    memory than those of the default adjoint do, some steps are recomputed twice, or
-    more often. The memory of states is at most 0.9 times that of the checkpoints of
-    [`diffrax.RecursiveCheckpointAdjoint`][] by default, for each element of a batch
-    (0.6 times, and a tenth of that of the parameters); with what the loops need it has
-    been 0.1 to 1.5 times that of the default adjoint.
+    **Segments:** The state at every `n`th step is stored; if there is no more room then
+    that at every `3n`th, and so on. The backward pass goes from one of these segments
+    to the one before. It recomputes the steps of a segment, from the last stored state
+    before it, with the step size controller; and then it differentiates each at its
+    start. So a step costs one more step, and one with its pullback. (Of the last `n`
+    steps nothing is recomputed, and so of no step of a short solve.)
+
+    By default as many states are stored as take 0.6 of the memory of the checkpoints of
+    [`diffrax.RecursiveCheckpointAdjoint`][], for each element of a batch; or up to 0.9,
+    if then each of `max_steps` steps is recomputed only once, which takes some
+    `2 * sqrt(max_steps)` states. (Large parameters count as a few more checkpoints.) If
+    that is not enough, or with `max_steps=None`, some steps of a long solve are
+    recomputed twice, or more often. With what the loops need, memory has been 0.1 to
+    1.5 times that of the default adjoint.
 
     A [`diffrax.VirtualBrownianTree`][] is asked for its value at the end of each step
     of a solve, and once more where the step is recomputed: not at the starts of steps,
@@ -265,10 +267,11 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoints`: How many states may be stored, those of a segment included. Each
     takes the memory of `y` and the solver state. `"auto"` is as many as fit into the
-    memory that [`diffrax.RecursiveCheckpointAdjoint`][] takes; and for a reversible
-    solver no more than 32, or than take 64 kB: give more to save time where it wants
-    many. With `checkpoints=0` only `y0` and one state at hand are kept, and whatever
-    else is wanted is recomputed from the start.
+    memory of [`diffrax.RecursiveCheckpointAdjoint`][], see *Segments*; and for a
+    reversible solver 32, or as many as take 64 kB if these are more: give more to save
+    time where it wants many. With as many as `max_steps` no step is recomputed, unless
+    the solver is reversible. With `checkpoints=0` only `y0` and one state at hand are
+    kept, and whatever else is wanted is recomputed from the start.
 - `checkpoint_every`: If an integer `k` then the state at every `k`th step of a
     reversible solver is wanted too. Use it for one whose steps are not undone well and
     that does not say so; otherwise that is found out by verification alone. (It is of

@@ -17,16 +17,21 @@ from .segments import Segments
 
 
 # The checkpoints that the memory of a solve without a bound is compared with; and what
-# part of it is taken for states, as the loops need some too.
+# part of it is taken for states, as the loops need some too: up to so many bytes more
+# than those of the default adjoint. If more is enough to recompute each step just once,
+# then up to the other part.
 _NO_BOUND = 64
 _PART = 0.6
-# It keeps their gradients more than once, if there are any. Of the memory of constants
-# (or that of half of the checkpoints, if that is less) so much is counted too.
+_MOST_PART = 0.9
+_OF_LOOPS = 6000
+# The default adjoint keeps the gradients of constants more than once, if there are any.
+# Of the memory of constants (or that of half of the checkpoints, if that is less) so
+# much is counted too.
 _PART_OF_CONSTS = 1 / 6
-# If steps can be undone: the most states that are stored, and as many of a segment, if
-# they take more than a few bytes; what part of that memory is taken for the record, or
-# twice that if steps are even (as all of them may fit then); and the most steps in it.
-_MOST = 16
+# If steps can be undone: how many states are stored, and as many of a segment, if they
+# take more than a few bytes; what part of that memory is taken for the record, or twice
+# that if steps are even (as all of them may fit then); and the most steps in it.
+_SLOTS_IF_LARGE = 16
 _FEW_BYTES = 2**16
 _PART_OF_RECORD = 0.2
 _MOST_STEPS = 2**16
@@ -59,19 +64,33 @@ def make_segments(
     noise: Noise,
     init_state,
     made_jump: Any,
+    *,
     is_even: bool,
-    num_bytes: int,
+    bytes_of_consts: int,
     max_steps: int | None,
     checkpoints: int | Literal["auto"],
     checkpoint_every: int | None,
 ) -> Segments:
-    """As many states as fit into the memory of the default adjoint. `num_bytes` are
-    those of the constants of a step."""
-    num = _NO_BOUND if max_steps is None else _num_checkpoints(max_steps)
+    """As many states as fit into the memory of the default adjoint, unless the user
+    says how many. `bytes_of_consts` are those of the constants of a step."""
+    num = _NO_BOUND if max_steps is None else num_checkpoints_of_host(max_steps)
     of_host = num * _num_bytes(without_saving(init_state))
-    of_host += min(_PART_OF_CONSTS * num_bytes, of_host / 2)
+    of_host += min(_PART_OF_CONSTS * bytes_of_consts, of_host / 2)
+    # (With a place for one state, and for one start of a step.)
+    one = Segments(pullback, noise, made_jump, None, False, 1, 0)
+    of_slot = _num_bytes(one.empty_slots(init_state))
+    of_start = _num_bytes(one.empty_starts(init_state))
+    # (A step that is undone asks for them anew. And if they are much larger than the
+    # state, then there would be room for so few that most steps are recomputed often.)
+    of_noise = _num_bytes(noise.no_increments())
+    has_increments = not pullback.undoes and 0 < of_noise <= of_slot + of_start
+    if has_increments:
+        of_start += of_noise
     recorder = None
     if pullback.undoes:
+        num_slots, length = _undone(of_host, of_slot + of_start, max_steps)
+        if checkpoints != "auto":
+            num_slots, length = share_out_undone(checkpoints, max_steps)
         has_jumps = made_jump is not False
         recorder = Recorder(
             pullback.solver,  # pyright: ignore[reportArgumentType]
@@ -80,42 +99,85 @@ def make_segments(
             checkpoint_every,
             1,
         )
-
-    # (With a place for one state, and for one start of a step.)
-    one = Segments(pullback, noise, made_jump, None, False, 1, 0)
-    of_own = _num_bytes((one.empty_slots(init_state), one.empty_starts(init_state)))
-    # (A step that is undone asks for them anew. And if they are much larger than the
-    # state, then there would be room for so few that most steps are recomputed often.)
-    of_noise = _num_bytes(noise.no_increments())
-    has_increments = not pullback.undoes and 0 < of_noise <= of_own
-    if has_increments:
-        of_own += of_noise
-    if checkpoints == "auto":
-        # As many of one as of the other: then each step is recomputed once, if there
-        # are no more of them than the square of this.
-        num = max(int(_PART * of_host / of_own), 1)
-        if max_steps is not None:
-            num = min(num, math.ceil(math.sqrt(max_steps)))
-        num_slots = length = num
-        if pullback.undoes:
-            # (An odd number of steps.)
-            num_slots = min(num, max(_MOST, _FEW_BYTES // of_own))
-            length = num_slots - 1 + num_slots % 2
-    else:
-        num_slots, length = _shared_out(checkpoints, max_steps)
-    if recorder is not None:
         of_row = _num_bytes(recorder.empty(init_state, length))
-        part = _PART_OF_RECORD * (2 if recorder.is_even else 1)
-        num_rows = int(min(part * of_host / of_row, _MOST_STEPS / length))
-        if max_steps is not None:
-            num_rows = min(num_rows, -(-max_steps // length))
-        recorder = recorder.of_size(max(num_rows, 1))
+        recorder = recorder.of_size(
+            _num_rows(of_host, of_row, recorder.is_even, length, max_steps)
+        )
+    elif checkpoints == "auto":
+        num_slots, length = _recomputed(of_host, of_slot, of_start, max_steps)
+    else:
+        num_slots, length = share_out_recomputed(float(checkpoints), max_steps)
     return Segments(
         *(pullback, noise, made_jump, recorder, has_increments, num_slots, length)
     )
 
 
-def _shared_out(num: int, max_steps: int | None) -> tuple[int, int]:
+#
+# If all steps are recomputed
+#
+
+
+def _recomputed(
+    of_host: float, of_slot: int, of_start: int, max_steps: int | None
+) -> tuple[int, int]:
+    budget = _PART * of_host
+    if max_steps is not None:
+        # That in which each step is recomputed once.
+        enough = 2 * math.sqrt(max_steps * of_slot * of_start) + of_slot
+        if enough <= _MOST_PART * of_host - _OF_LOOPS:
+            budget = max(budget, enough)
+    num_slots, length = share_out_recomputed(budget, max_steps, of_slot, of_start)
+    return (num_slots if length == max_steps else max(num_slots, 1)), length
+
+
+def share_out_recomputed(
+    budget: float, max_steps: int | None, of_slot: int = 1, of_start: int = 1
+) -> tuple[int, int]:
+    """A number of slots and a length of segments that fit into the budget. The steps of
+    the last segment are not recomputed: so this is the longest for which there is a
+    slot for each of the others. If there is none then half of the budget is for slots,
+    as that leaves the fewest segments without one."""
+    if max_steps is not None:
+        # The larger solution of `(num_slots + 1) * length == max_steps`.
+        half = (budget + of_slot) / (2 * of_start)
+        root = half**2 - max_steps * of_slot / of_start
+        length = min(int(half + math.sqrt(max(root, 0))) + 1, max_steps)
+        while length**2 * of_start >= max_steps * of_slot:
+            num_slots = -(-max_steps // length) - 1
+            if num_slots * of_slot + length * of_start <= budget:
+                return num_slots, length
+            length -= 1
+    length = max(math.ceil(budget / (2 * of_start)), 1)
+    return max(int((budget - length * of_start) / of_slot), 0), length
+
+
+#
+# If steps can be undone
+#
+
+
+def _undone(of_host: float, of_state: int, max_steps: int | None) -> tuple[int, int]:
+    """As many slots as steps of a segment; and an odd number of these, see
+    `Keeping`."""
+    num = int(_PART * of_host / of_state)
+    if max_steps is not None:
+        num = min(num, math.ceil(math.sqrt(max_steps)))
+    num = max(min(num, max(_SLOTS_IF_LARGE, _FEW_BYTES // of_state)), 1)
+    return num, num - 1 + num % 2
+
+
+def _num_rows(
+    of_host: float, of_row: int, is_even: bool, length: int, max_steps: int | None
+) -> int:
+    """Of the record: of how many segments it has the steps."""
+    part = _PART_OF_RECORD * (2 if is_even else 1)
+    num = int(min(part * of_host / of_row, _MOST_STEPS / length))
+    if max_steps is not None:
+        num = min(num, -(-max_steps // length))
+    return max(num, 1)
+
+
+def share_out_undone(num: int, max_steps: int | None) -> tuple[int, int]:
     """So many states among the slots and the segment at hand: whose steps are few if
     there are slots for all of the segments."""
     few, length = 1, max(num - num // 2, 1)
@@ -132,10 +194,10 @@ def _shared_out(num: int, max_steps: int | None) -> tuple[int, int]:
     return num_slots, length
 
 
-def _num_checkpoints(max_steps: int) -> int:
+def num_checkpoints_of_host(max_steps: int) -> int:
     """Those of `RecursiveCheckpointAdjoint`, by default: no more memory than for these
     is to be taken."""
-    return math.ceil(-1.5 + math.sqrt(2 * max_steps + 0.25))
+    return math.floor(-1.5 + math.sqrt(2 * max_steps + 0.25)) + 1
 
 
 def _num_bytes(tree: PyTree) -> int:

@@ -93,8 +93,12 @@ def outer_while_loop(
     hoister = Hoister()
     pullback.add_functions(hoister, terms, args, step)
     segments = make_segments(
-        *(pullback, noise, init_state, made_jump, is_even, hoister.num_bytes),
-        *(max_steps, checkpoints, checkpoint_every),
+        *(pullback, noise, init_state, made_jump),
+        is_even=is_even,
+        bytes_of_consts=hoister.num_bytes,
+        max_steps=max_steps,
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
     )
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
     controller, clipped, unknown = times_.controller_times(
