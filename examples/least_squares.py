@@ -3,8 +3,9 @@
 Lotka--Volterra is fitted to the Hudson's Bay pelt counts of hare and lynx by
 `optimistix.least_squares` with the method of Levenberg and Marquardt, as it comes. That
 differentiates the residuals in forward mode. Then their Hessian is computed, by
-`jax.hessian`: forward over reverse mode. Both are derivatives of one `diffeqsolve`,
-with `ReversibleAdjoint()`: with diffrax's default adjoint either would be an error.
+`jax.hessian`: forward over reverse mode. Both are derivatives of one `diffeqsolve` by
+`diffrax.Tsit5()` with `ReversibleAdjoint()`: with diffrax's default adjoint either
+would be an error.
 
 Populations are positive, and the noise in a count is about proportional to it. So the
 residuals are those of the logarithms of counts, and what is fitted are the logarithms
@@ -29,7 +30,7 @@ import optimistix as optx
 from hare_lynx import LOG_COUNTS, YEARS
 from jaxtyping import Array, Float
 
-from diffrax_reversible import ReversibleAdjoint, UReversible
+from diffrax_reversible import ReversibleAdjoint
 
 
 jax.config.update("jax_enable_x64", True)
@@ -58,7 +59,7 @@ def solve(
 
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(vector_field),
-        UReversible(diffrax.Tsit5()),
+        diffrax.Tsit5(),
         YEARS[0],
         YEARS[-1],
         dt0=None,
