@@ -102,7 +102,7 @@ def convert(tree, dtype):
 def compare(*single) -> list[float]:
     """How much the gradient differs from that in double precision, with either
     adjoint."""
-    flat = lambda x, adjoint: ravel_pytree(gradient(*x, adjoint)[1])[0]
+    flat = lambda x, adjoint: ravel_pytree(gradient(x[0], x[1], x[2], adjoint)[1])[0]
     exact = flat([convert(x, jnp.float64) for x in single], DEFAULT)
     off = lambda x: float(jnp.linalg.norm(x - exact) / jnp.linalg.norm(exact))
     return [off(flat(single, adjoint)) for adjoint in (OURS, DEFAULT)]
