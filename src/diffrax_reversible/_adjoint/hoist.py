@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._method.explicit_rk import equations
 from .batch import Batch
 
 
@@ -165,6 +166,10 @@ class Hoisted:
         return eqx.combine(out, aux, static_out[-1]), residuals, with_residuals
 
 
+# (Of a function that closes over nothing the jaxpr is not known.)
+_NO_EQUATIONS = jax.make_jaxpr(lambda: None)().jaxpr
+
+
 class Hoister:
     """Collects functions, and traces each of them once."""
 
@@ -192,10 +197,22 @@ class Hoister:
         return len(self._consts)
 
     @property
-    def num_bytes(self) -> int:
-        """Of those constants that can be differentiated."""
+    def bytes_of_consts(self) -> int:
+        """Of those that can be differentiated."""
         consts = filter(eqx.is_inexact_array, self._consts)
         return sum(x.size * x.dtype.itemsize for x in consts)
+
+    @property
+    def bytes_of_products(self) -> int:
+        """Of the results of products of matrices, and convolutions: which a pullback
+        keeps, where XLA computes most others once more."""
+        products = [
+            eqn.outvars[0].aval
+            for static, _, _ in self._functions.values()
+            for eqn in equations(getattr(static, "jaxpr", _NO_EQUATIONS))
+            if eqn.primitive.name in ("dot_general", "conv_general_dilated")
+        ]
+        return sum(x.size * x.dtype.itemsize for x in products)
 
     def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
         return Hoisted(dict(self._functions)), tuple(self._consts)

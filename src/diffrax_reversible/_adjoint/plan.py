@@ -17,12 +17,11 @@ from .segments import Segments
 
 
 # The checkpoints that the memory of a solve without a bound is compared with; and what
-# part of it is taken for states, as the loops need some too: up to so many bytes more
-# than those of the default adjoint. If more is enough to recompute each step just once,
-# then up to the other part.
+# part of it is taken for states, as the loops need some too. All of it, but for this,
+# is taken if it takes more to recompute each step just once: so many bytes the loops
+# need in addition to those of the default adjoint.
 _NO_BOUND = 64
 _PART = 0.6
-_MOST_PART = 0.9
 _OF_LOOPS = 6000
 # The default adjoint keeps the gradients of constants more than once, if there are any.
 # Of the memory of constants (or that of half of the checkpoints, if that is less) so
@@ -67,12 +66,14 @@ def make_segments(
     *,
     is_even: bool,
     bytes_of_consts: int,
+    bytes_of_products: int,
     max_steps: int | None,
     checkpoints: int | Literal["auto"],
     checkpoint_every: int | None,
 ) -> Segments:
     """As many states as fit into the memory of the default adjoint, unless the user
-    says how many. `bytes_of_consts` are those of the constants of a step."""
+    says how many. The bytes are those of the constants of a step, and of the products
+    of matrices in it."""
     num = _NO_BOUND if max_steps is None else num_checkpoints_of_host(max_steps)
     of_host = num * _num_bytes(without_saving(init_state))
     of_host += min(_PART_OF_CONSTS * bytes_of_consts, of_host / 2)
@@ -104,7 +105,8 @@ def make_segments(
             _num_rows(of_host, of_row, recorder.is_even, length, max_steps)
         )
     elif checkpoints == "auto":
-        num_slots, length = _recomputed(of_host, of_slot, of_start, max_steps)
+        most = of_host - bytes_of_products - _OF_LOOPS
+        num_slots, length = _recomputed(of_host, most, of_slot, of_start, max_steps)
     else:
         num_slots, length = share_out_recomputed(float(checkpoints), max_steps)
     return Segments(
@@ -118,14 +120,13 @@ def make_segments(
 
 
 def _recomputed(
-    of_host: float, of_slot: int, of_start: int, max_steps: int | None
+    of_host: float, most: float, of_slot: int, of_start: int, max_steps: int | None
 ) -> tuple[int, int]:
     budget = _PART * of_host
     if max_steps is not None:
         # That in which each step is recomputed once.
         enough = 2 * math.sqrt(max_steps * of_slot * of_start) + of_slot
-        if enough <= _MOST_PART * of_host - _OF_LOOPS:
-            budget = max(budget, enough)
+        budget = max(budget, min(enough, most))
     num_slots, length = share_out_recomputed(budget, max_steps, of_slot, of_start)
     return (num_slots if length == max_steps else max(num_slots, 1)), length
 

@@ -95,7 +95,8 @@ def outer_while_loop(
     segments = make_segments(
         *(pullback, noise, init_state, made_jump),
         is_even=is_even,
-        bytes_of_consts=hoister.num_bytes,
+        bytes_of_consts=hoister.bytes_of_consts,
+        bytes_of_products=hoister.bytes_of_products,
         max_steps=max_steps,
         checkpoints=checkpoints,
         checkpoint_every=checkpoint_every,

@@ -96,16 +96,17 @@ def _is_long(stages: int, term, t, y, args, control) -> bool:
     """Whether stages are better made by a loop. (Its pullback adds to all of them in
     each, so that a gradient takes up to three times as long.)"""
     jaxpr, _, _ = eqx.filter_make_jaxpr(term.vf_prod)(t, y, args, control)
-    return stages * len(list(_primitives(jaxpr.jaxpr))) > _MANY
+    return stages * len(list(equations(jaxpr.jaxpr))) > _MANY
 
 
-def _primitives(jaxpr) -> Iterator[str]:
+def equations(jaxpr) -> Iterator[Any]:
+    """Also those of the functions that are called in it."""
     is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
+        yield eqn
         for x in jtu.tree_leaves(eqn.params, is_leaf=is_jaxpr):
             if is_jaxpr(x):
-                yield from _primitives(getattr(x, "jaxpr", x))
+                yield from equations(getattr(x, "jaxpr", x))
 
 
 def _scan_stages(
