@@ -16,7 +16,7 @@ from ._adjoint.hoist import Hoister
 from ._adjoint.noise import Noise
 from ._adjoint.plan import made_jump_example, make_segments
 from ._adjoint.pullback import Step
-from ._adjoint.record import asks, at_rest, Even, Recorder, Starts
+from ._adjoint.record import asks, at_rest, Recorder, Starts, Uniform
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.segments import Segments
 from ._adjoint.times import constant
@@ -309,7 +309,7 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
             noise,
             init_state,
             made_jump,
-            is_even=constant(stepsize_controller, init_state) is not None,
+            is_uniform=constant(stepsize_controller, init_state) is not None,
             bytes_of_consts=hoister.bytes_of_consts,
             bytes_of_products=hoister.bytes_of_products,
             max_steps=max_steps,
@@ -425,13 +425,13 @@ def _lost(steps: _Steps, segments: Segments):
     """Of which segments the times cannot be recorded."""
     num, length = -(-steps.max_steps // segments.length), segments.length
     assert segments.recorder is not None
-    if not segments.recorder.is_even:
+    if not segments.recorder.is_uniform:
         return jnp.zeros(num, bool)
 
     def one(k):
         places = jnp.minimum(k * length + jnp.arange(length), steps.max_steps)
         t_first, t1 = steps.starts.t_prev[places[0]], steps.starts.t1[places]
-        return Even.of(t_first, t1).differs(t_first, t1)
+        return Uniform.of(t_first, t1).differs(t_first, t1)
 
     return lax.map(one, jnp.arange(num))
 

@@ -7,7 +7,6 @@ with the newest.
 | name | why |
 |---|---|
 | `eqxi.while_loop` | the host's loop, in which buffers are written in place |
-| `eqxi.buffer_at_set` | writes to a buffer, if a condition holds, without a copy |
 | `eqxi.unvmap_any`, `eqxi.unvmap_max` | decisions that a batch takes together |
 | `eqxi.nextafter`, `eqxi.prevbefore` | steps end and start so, next to a jump |
 | `eqxi.branched_error_if` | an error with a message chosen at run time |

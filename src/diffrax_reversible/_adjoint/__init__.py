@@ -4,6 +4,12 @@ The adjoint replaces nothing of diffrax but the loop over steps (`rule`), and al
 it adds is around that loop: `solver.init`, output at `t0` and `t1`, and the like are
 differentiated by JAX.
 
+With `s` slots for the starts of segments of `n` steps, and room for the states of one
+segment, up to `(s + 1) * n` steps are recomputed once each, and those of the last
+segment never. Beyond that slots are thinned out, and what lies between two of them is
+recomputed more than once. (Who wants to know how many states are stored, or why, may
+begin with `plan`, and read `slots`, `segments` and `backward`.)
+
 **What JAX sees:**
 
 - `adjoint`: `ReversibleAdjoint`, and all that it promises.
@@ -18,7 +24,7 @@ differentiated by JAX.
 - `segments`: the loops forwards: which stores the starts of segments, and which
   recomputes one of them.
 - `backward`: the backward pass, from one segment to the one before.
-- `slots`: the stored states.
+- `slots`: the stored states; and `index`, how they are read and written.
 - `record`: the times of steps, so that they can be undone; and which segments are to be
   recomputed even so.
 - `noise`: what these loops, and the steps that are differentiated, ask of a Brownian
@@ -41,8 +47,8 @@ differentiated by JAX.
 
 **Glossary:** The *host* is diffrax, and its loop and its state are the *host's*. A
 *segment* is so many consecutive steps. *Stored* is a state in a slot. A segment is
-*marked* if it is to be recomputed, and a state is *wanted* if it should be stored
-although (or because) undoing does not give it well enough. What is *known* of a step
-has been stored or recomputed, and what is *rebuilt* has been undone. *Hoisted* is a
-function whose constants are arguments.
+*marked* if it is to be recomputed, and a state is *wanted* if it should be stored, as
+undoing does not give it well enough. What is *known* of a step has been stored or
+recomputed, and what is *rebuilt* has been undone. *Hoisted* is a function whose
+constants are arguments. (Of gradients *wanted* are those that are asked for.)
 """

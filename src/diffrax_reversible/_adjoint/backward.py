@@ -84,7 +84,7 @@ class Walk:
 
     **Arguments:**
 
-    - `refill`: The function that recomputes a segment.
+    - `recompute_fn`: The function that recomputes a segment.
     - `has_stored`: Otherwise all states are recomputed from the start, and no step is
         undone: what was stored has no tangents, and nor has the end.
     """
@@ -96,7 +96,7 @@ class Walk:
         init_state,
         ends: Ends,
         record: Record,
-        refill: Callable,
+        recompute_fn: Callable,
         has_stored: bool,
     ):
         self._segments = segments
@@ -104,7 +104,7 @@ class Walk:
         self._init_state = init_state
         self._ends = ends
         self._record = record
-        self._refill = refill
+        self._recompute_fn = recompute_fn
         self._has_stored = has_stored
         self._initial = segments.stored(init_state, init_state.tprev)
         self._static = segments.static(init_state)
@@ -229,7 +229,7 @@ class Walk:
         # Where there is no more room nothing is stored.
         stride = length * div(pieces + free, free + 1)
         stop = jnp.where(pred, n, start)
-        return self._refill(start, top, stop, slots, stride, starts)
+        return self._recompute_fn(start, top, stop, slots, stride, starts)
 
     #
     # What has been recorded, and what has been rebuilt

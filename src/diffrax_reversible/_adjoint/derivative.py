@@ -210,7 +210,7 @@ class _Hessian(_Second):
                 put(arrays, self.varied, values),
                 batch,
                 varied=self.varied,
-                rebuilds=False,
+                has_stored=False,
             )
 
         primals = [arrays[i] for i in self.varied]

@@ -29,7 +29,7 @@ def walk_back(
     arrays: Sequence[Array],
     marked: Sequence[Marked],
     varied: Sequence[int] = (),
-    rebuilds: bool = True,
+    has_stored: bool = True,
 ) -> list[Array]:
     """The gradients of the `wanted` arrays of the inputs, from those of the `given`
     ones of the final state. It is differentiated with respect to those `varied`."""
@@ -69,8 +69,10 @@ def walk_back(
         at_steps=derivative.at_steps,
         watches=watches and not derivative.at_steps.is_known,
     )
-    rerun = ft.partial(hoisted.call, "rerun", consts, times)
-    backward = Walk(segments, undo, init_state, ends, record, rerun, rebuilds).run()
+    recompute = ft.partial(hoisted.call, "recompute", consts, times)
+    backward = Walk(
+        segments, undo, init_state, ends, record, recompute, has_stored
+    ).run()
     carry = backward.carry
     (grad_y0, grad_solver_state0, grad_times), grad_consts = check(
         (carry.grad_y1, carry.grad_solver_state, carry.grad_times),

@@ -50,7 +50,8 @@ def put(tree: PyTree, i: Array, new: PyTree, pred: Any) -> PyTree:
 
 
 def _unsigned(i: Array) -> Array:
-    return jnp.asarray(i).astype(jnp.uint32)
+    # (Apart, so that what it is made of is not compiled anew wherever it is used.)
+    return lax.optimization_barrier(jnp.asarray(i).astype(jnp.uint32))
 
 
 def _take(x: Any, i: Array) -> Array:

@@ -29,7 +29,7 @@ _OF_LOOPS = 6000
 _PART_OF_CONSTS = 1 / 6
 # If steps can be undone: how many states are stored, and as many of a segment, if they
 # take more than a few bytes; what part of that memory is taken for the record, or twice
-# that if steps are even (as all of them may fit then); and the most steps in it.
+# that if steps are uniform (as all of them may fit then); and the most steps in it.
 _SLOTS_IF_LARGE = 16
 _FEW_BYTES = 2**16
 _PART_OF_RECORD = 0.2
@@ -64,7 +64,7 @@ def make_segments(
     init_state,
     made_jump: Any,
     *,
-    is_even: bool,
+    is_uniform: bool,
     bytes_of_consts: int,
     bytes_of_products: int,
     max_steps: int | None,
@@ -96,13 +96,13 @@ def make_segments(
         recorder = Recorder(
             pullback.solver,  # pyright: ignore[reportArgumentType]
             has_jumps,
-            is_even and not has_jumps,
+            is_uniform and not has_jumps,
             checkpoint_every,
             1,
         )
         of_row = _num_bytes(recorder.empty(init_state, length))
         recorder = recorder.of_size(
-            _num_rows(of_host, of_row, recorder.is_even, length, max_steps)
+            _num_rows(of_host, of_row, recorder.is_uniform, length, max_steps)
         )
     elif checkpoints == "auto":
         most = of_host - bytes_of_products - _OF_LOOPS
@@ -168,10 +168,10 @@ def _undone(of_host: float, of_state: int, max_steps: int | None) -> tuple[int, 
 
 
 def _num_rows(
-    of_host: float, of_row: int, is_even: bool, length: int, max_steps: int | None
+    of_host: float, of_row: int, is_uniform: bool, length: int, max_steps: int | None
 ) -> int:
     """Of the record: of how many segments it has the steps."""
-    part = _PART_OF_RECORD * (2 if is_even else 1)
+    part = _PART_OF_RECORD * (2 if is_uniform else 1)
     num = int(min(part * of_host / of_row, _MOST_STEPS / length))
     if max_steps is not None:
         num = min(num, -(-max_steps // length))

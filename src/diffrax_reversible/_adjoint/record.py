@@ -48,8 +48,8 @@ class Steps(NamedTuple):
 
     # The end of the step before the first.
     t_first: Any
-    # The ends of the steps, as they are or as `Even`; and if there may be jumps, their
-    # starts, and whether each follows one.
+    # The ends of the steps, as they are or as `Uniform`; and if there may be jumps,
+    # their starts, and whether each follows one.
     t1: Any
     t0: Any
     made_jump: Any
@@ -59,7 +59,7 @@ class Steps(NamedTuple):
     is_marked: Any
 
 
-class Even(NamedTuple):
+class Uniform(NamedTuple):
     """The ends of steps that are all of one length, but for rounding: in a byte each.
     There is nothing but sums and a product with a power of two in this, so that what
     has been found to be right once is always so."""
@@ -70,7 +70,7 @@ class Even(NamedTuple):
     excess: Any
 
     @classmethod
-    def of(cls, t_first: Array, t1: Array) -> "Even":
+    def of(cls, t_first: Array, t1: Array) -> "Uniform":
         lengths = t1 - jnp.concatenate([t_first[None], t1[:-1]])
         excess = (lengths - lengths[0]) / cls._unit(t_first, lengths[0])
         return cls(lengths[0], jnp.clip(jnp.round(excess), -127, 127).astype(jnp.int8))
@@ -168,7 +168,7 @@ class Recorder:
     **Arguments:**
 
     - `has_jumps`: Whether a step may follow a jump.
-    - `is_even`: Whether all steps should be of one length.
+    - `is_uniform`: Whether all steps should be of one length.
     - `every`: The state at every step whose number is a multiple of this is wanted, or
         `None`.
     - `num_rows`: Of how many segments there is room for the steps.
@@ -178,18 +178,18 @@ class Recorder:
         self,
         solver: AbstractReversibleSolver,
         has_jumps: bool,
-        is_even: bool,
+        is_uniform: bool,
         every: int | None,
         num_rows: int,
     ):
         self._solver = solver
         self._has_jumps = has_jumps
-        self.is_even = is_even
+        self.is_uniform = is_uniform
         self._every = every
         self.num_rows = num_rows
 
     def of_size(self, num_rows: int) -> "Recorder":
-        rest = (self._solver, self._has_jumps, self.is_even, self._every)
+        rest = (self._solver, self._has_jumps, self.is_uniform, self._every)
         return Recorder(*rest, num_rows)
 
     def _leaves(self, solver_state: PyTree) -> list[Any]:
@@ -204,8 +204,8 @@ class Recorder:
         shape = (self.num_rows, length)
         first = jnp.full(self.num_rows, init_state.tprev)
         times = ends = jnp.full(shape, init_state.tprev)
-        if self.is_even:
-            ends = Even(jnp.zeros_like(first), jnp.zeros(shape, jnp.int8))
+        if self.is_uniform:
+            ends = Uniform(jnp.zeros_like(first), jnp.zeros(shape, jnp.int8))
         return Steps(
             t_first=first,
             t1=ends,
@@ -257,8 +257,8 @@ class Recorder:
         """Of a segment, from its steps."""
         static = statics(solver_state)
         t_first, t1 = starts.t_prev[0], starts.t1
-        if self.is_even:
-            t1 = Even.of(t_first, t1)
+        if self.is_uniform:
+            t1 = Uniform.of(t_first, t1)
             is_marked = is_marked | t1.differs(t_first, starts.t1)
         return Steps(
             t_first=t_first,
@@ -289,7 +289,7 @@ class Recorder:
         """If `pred`, the steps of the `k`th segment, without their states. `order` are
         the numbers of the steps within that segment, in the places of `starts`."""
         row: Steps = take(steps, rem(k, self.num_rows))
-        t1 = row.t1.ends(row.t_first) if self.is_even else row.t1
+        t1 = row.t1.ends(row.t_first) if self.is_uniform else row.t1
         t_prev = jnp.concatenate([row.t_first[None], t1[:-1]])
         t0 = row.t0 if self._has_jumps else t_prev
         new = (t_prev, t0, t1, row.made_jump, row.recorded)

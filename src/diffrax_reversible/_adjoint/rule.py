@@ -83,7 +83,7 @@ def outer_while_loop(
     solver_state = pullback.prepare(terms, args, init_state)
     init_state = without_tangents(replace(init_state, solver_state=solver_state))
     constant = times_.constant(stepsize_controller, init_state)
-    is_even = constant is not None
+    is_uniform = constant is not None
     step = Step.example(init_state, made_jump)
     t0, t_next, y0, solver_state0, _ = step
     noise.learn(
@@ -94,7 +94,7 @@ def outer_while_loop(
     pullback.add_functions(hoister, terms, args, step)
     segments = make_segments(
         *(pullback, noise, init_state, made_jump),
-        is_even=is_even,
+        is_uniform=is_uniform,
         bytes_of_consts=hoister.bytes_of_consts,
         bytes_of_products=hoister.bytes_of_products,
         max_steps=max_steps,
@@ -129,7 +129,9 @@ def outer_while_loop(
         save.add_functions(hoister, i, sub, solver, terms, args, step)
     num_local = hoister.num_consts
     hoister.add("run", run, init_state, times, jnp.array(True))
-    segments.add_rerun(hoister, init_state, times, bare_loop, _located, (terms, args))
+    segments.add_recompute(
+        hoister, init_state, times, bare_loop, _located, (terms, args)
+    )
     hoisted, consts = hoister.finish()
 
     derivative = Derivative(

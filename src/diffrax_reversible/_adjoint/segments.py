@@ -184,7 +184,7 @@ class Segments:
     # The loops
     #
 
-    def add_rerun(
+    def add_recompute(
         self,
         hoister: Hoister,
         init_state,
@@ -197,10 +197,10 @@ class Segments:
         cond, body, buffers = bare_loop()
         bare_state = without_saving(init_state)
 
-        def refill(times, number, stored, stop, slots, stride, starts):
+        def recompute(times, number, stored, stop, slots, stride, starts):
             terms, args = of_terms
             state = self.resumed(terms, args, bare_state, number, stored)
-            return self._fill(
+            return self._recompute(
                 cond,
                 located(times, body),
                 state,
@@ -215,7 +215,7 @@ class Segments:
         zero, stored = jnp.array(0), self.stored(init_state, init_state.tprev)
         slots, starts = self.empty_slots(init_state), self.empty_starts(init_state)
         example = (times, zero, stored, zero, slots, zero + 1, starts)
-        hoister.add("rerun", refill, *example)
+        hoister.add("recompute", recompute, *example)
 
     def run(
         self,
@@ -284,7 +284,7 @@ class Segments:
         slots = keeping.slots
         return state, Record(steps, marks, slots, num_wanted, made.t_last, made.starts)
 
-    def _fill(
+    def _recompute(
         self,
         cond_fun: Callable,
         body_fun: Callable,

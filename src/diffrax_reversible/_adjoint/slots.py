@@ -70,8 +70,8 @@ class Keeping(NamedTuple):
     of them.)"""
 
     slots: Slots
-    # The numbers of those segments are the multiples of this.
-    stride: Array
+    # Those segments whose number is a multiple of this.
+    every: Array
 
     @classmethod
     def of(cls, slots: Slots) -> "Keeping":
@@ -80,8 +80,8 @@ class Keeping(NamedTuple):
     def add(self, k: Array, number: Array, state: PyTree, pred: Array) -> "Keeping":
         """If `pred`, the start of the `k`th segment, which is that of the step with
         this `number`."""
-        slots, stride = self.slots, self.stride
-        pred = pred & (rem(k, stride) == 0)
+        slots, every = self.slots, self.every
+        pred = pred & (rem(k, every) == 0)
         is_full = pred & (slots.count == slots.size)
         # (The slots that are freed come last; no state is copied.)
         order = slots.order
@@ -90,6 +90,6 @@ class Keeping(NamedTuple):
             order=jnp.where(is_full, thinned, order),
             count=jnp.where(is_full, slots.size // 3, slots.count),
         )
-        stride = jnp.where(is_full, 3 * stride, stride)
-        pred = pred & (rem(k, stride) == 0)
-        return Keeping(slots.push(number, state, pred), stride)
+        every = jnp.where(is_full, 3 * every, every)
+        pred = pred & (rem(k, every) == 0)
+        return Keeping(slots.push(number, state, pred), every)
