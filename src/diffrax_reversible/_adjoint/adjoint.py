@@ -40,8 +40,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     steps nothing is recomputed, and so of no step of a short solve.)
 
     By default as many states are stored as take 0.6 of the memory of the checkpoints of
-    [`diffrax.RecursiveCheckpointAdjoint`][], for each element of a batch; or up to 0.9,
-    if then each of `max_steps` steps is recomputed only once, which takes some
+    [`diffrax.RecursiveCheckpointAdjoint`][], for each element of a batch; or up to all
+    of it, until each of `max_steps` steps is recomputed only once, which takes some
     `2 * sqrt(max_steps)` states. (Large parameters count as a few more checkpoints.) If
     that is not enough, or with `max_steps=None`, some steps of a long solve are
     recomputed twice, or more often. With what the loops need, memory has been 0.1 to

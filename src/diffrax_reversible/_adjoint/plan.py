@@ -17,12 +17,15 @@ from .segments import Segments
 
 
 # The checkpoints that the memory of a solve without a bound is compared with; and what
-# part of it is taken for states, as the loops need some too. All of it, but for this,
-# is taken if it takes more to recompute each step just once: so many bytes the loops
-# need in addition to those of the default adjoint.
+# part of it is taken for states, as the loops need some too: or the second part, if
+# that is enough to recompute each step just once. If it is not then all is taken, but
+# for what a step takes in addition to one of the default adjoint: so many bytes of the
+# loops, and the products of matrices in all of its stages but two.
 _NO_BOUND = 64
 _PART = 0.6
+_PART_IF_ENOUGH = 0.8
 _OF_LOOPS = 6000
+_STAGES_OF_HOST = 2
 # The default adjoint keeps the gradients of constants more than once, if there are any.
 # Of the memory of constants (or that of half of the checkpoints, if that is less) so
 # much is counted too.
@@ -76,7 +79,7 @@ def make_segments(
     of matrices in it."""
     num = _NO_BOUND if max_steps is None else num_checkpoints_of_host(max_steps)
     of_host = num * _num_bytes(without_saving(init_state))
-    of_host += min(_PART_OF_CONSTS * bytes_of_consts, of_host / 2)
+    of_grads = min(_PART_OF_CONSTS * bytes_of_consts, of_host / 2)
     # (With a place for one state, and for one start of a step.)
     one = Segments(pullback, noise, made_jump, None, False, 1, 0)
     of_slot = _num_bytes(one.empty_slots(init_state))
@@ -89,6 +92,7 @@ def make_segments(
         of_start += of_noise
     recorder = None
     if pullback.undoes:
+        of_host += of_grads
         num_slots, length = _undone(of_host, of_slot + of_start, max_steps)
         if checkpoints != "auto":
             num_slots, length = share_out_undone(checkpoints, max_steps)
@@ -105,8 +109,17 @@ def make_segments(
             _num_rows(of_host, of_row, recorder.is_uniform, length, max_steps)
         )
     elif checkpoints == "auto":
-        most = of_host - bytes_of_products - _OF_LOOPS
-        num_slots, length = _recomputed(of_host, most, of_slot, of_start, max_steps)
+        budget = _PART * (of_host + of_grads)
+        if max_steps is not None:
+            # That in which each step is recomputed once.
+            enough = 2 * math.sqrt(max_steps * of_slot * of_start) + of_slot
+            unrolled = max(1 - _STAGES_OF_HOST / pullback.num_unrolled, 0)
+            most = of_host - _OF_LOOPS - unrolled * bytes_of_products
+            is_enough = enough <= _PART_IF_ENOUGH * of_host
+            budget = max(budget, enough if is_enough else min(enough, most))
+        num_slots, length = share_out_recomputed(budget, max_steps, of_slot, of_start)
+        if length != max_steps:
+            num_slots = max(num_slots, 1)
     else:
         num_slots, length = share_out_recomputed(float(checkpoints), max_steps)
     return Segments(
@@ -117,18 +130,6 @@ def make_segments(
 #
 # If all steps are recomputed
 #
-
-
-def _recomputed(
-    of_host: float, most: float, of_slot: int, of_start: int, max_steps: int | None
-) -> tuple[int, int]:
-    budget = _PART * of_host
-    if max_steps is not None:
-        # That in which each step is recomputed once.
-        enough = 2 * math.sqrt(max_steps * of_slot * of_start) + of_slot
-        budget = max(budget, min(enough, most))
-    num_slots, length = share_out_recomputed(budget, max_steps, of_slot, of_start)
-    return (num_slots if length == max_steps else max(num_slots, 1)), length
 
 
 def share_out_recomputed(

@@ -92,6 +92,8 @@ class AbstractPullback(abc.ABC):
     solver: diffrax.AbstractSolver
     # Whether a step can be undone; otherwise its start has to be known.
     undoes: bool = True
+    # How many stages a step consists of, if they are not made by a loop.
+    num_unrolled: int = 1
     # What can stand in for this one, with the same functions, where it is not enough.
     fallback: "AbstractPullback | None" = None
 

@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._jax_compat import eqxi
-from .._method.explicit_rk import NOT_THERE
+from .._method.explicit_rk import NOT_THERE, num_evaluations
 from .._method.tree import tree_where
 from .._solver.bases import is_given_by_tableau
 from .._solver.unrolled import cast_like, Unrolled
@@ -161,6 +161,7 @@ class ExplicitPullback(StepPullback):
 
     def __init__(self, solver: diffrax.AbstractERK, interpolates: bool, noise: Noise):
         self.solver = Unrolled(solver)
+        self.num_unrolled = num_evaluations(solver.tableau)
         self._differentiated = solver
         self._noise = noise
         self._interpolates = interpolates
