@@ -27,8 +27,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     solver are undone on the backward pass, in memory that hardly grows with the number
     of steps. Those of any other are recomputed from stored states. Then the solution is
     that of the solver, and the gradient with respect to `y0` and parameters that of
-    [`diffrax.RecursiveCheckpointAdjoint`][], but for rounding. Reversible are the
-    solvers of this package, any other
+    [`diffrax.RecursiveCheckpointAdjoint`][], but for rounding. (In single precision, or
+    of an SDE, rounding can be enough for an adaptive step size controller to choose
+    other steps, which are as good.) Reversible are the solvers of this package, any other
     [`diffrax_reversible.AbstractReversibleSolver`][], and [`diffrax.ReversibleHeun`][],
     [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][].
 
