@@ -29,9 +29,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     that of the solver, and the gradient with respect to `y0` and parameters that of
     [`diffrax.RecursiveCheckpointAdjoint`][], but for rounding. (In single precision, or
     of an SDE, rounding can be enough for an adaptive step size controller to choose
-    other steps, which are as good.) Reversible are the solvers of this package, any other
-    [`diffrax_reversible.AbstractReversibleSolver`][], and [`diffrax.ReversibleHeun`][],
-    [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][].
+    other steps, which are as good.) Reversible are the solvers of this package, any
+    other [`diffrax_reversible.AbstractReversibleSolver`][], and
+    [`diffrax.ReversibleHeun`][], [`diffrax.SemiImplicitEuler`][] and
+    [`diffrax.LeapfrogMidpoint`][].
 
     **Segments:** The state at every `n`th step is stored; if there is no more room then
     that at every `3n`th, and so on. The backward pass goes from one of these segments

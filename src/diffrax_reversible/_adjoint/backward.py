@@ -158,8 +158,8 @@ class Walk:
         first = k * segments.length
 
         is_stored, stored = slots.top() == n, slots.top_state(self._initial)
-        slots = slots.pop(is_stored & (slots.count > 0))
-        top = slots.top_state(self._initial)
+        slots = slots.pop((slots.top() >= n) & (slots.count > 0))
+        top, start = slots.top_state(self._initial), slots.top()
         # Whether the states of the next segment are there from the way forward; and
         # whether they are known.
         is_there, is_known = n == ends.num_steps, jnp.array(True)
@@ -177,7 +177,8 @@ class Walk:
             # (What has been rebuilt is compared more closely.)
             lost = lost & ~check.is_rebuilt(carry)
         lost = lost | verify.is_lost(end.tprev, carry.t_after)
-        limit = first
+        # (The last steps that have been made are there, whichever segment they are of.)
+        limit = jnp.maximum(n - segments.length, jnp.where(is_there, 0, start))
         if check is not None:
             known = arrays((end.y, end.solver_state))
             known = tree_where(is_stored, (stored.y, stored.solver_state), known)
