@@ -161,6 +161,7 @@ class ExplicitPullback(StepPullback):
 
     def __init__(self, solver: diffrax.AbstractERK, interpolates: bool, noise: Noise):
         self.solver = Unrolled(solver)
+        assert isinstance(solver.tableau, diffrax.ButcherTableau)
         self.num_unrolled = num_evaluations(solver.tableau)
         self._differentiated = solver
         self._noise = noise
