@@ -6,11 +6,12 @@ point masses, whose equations of motion are solved by a symplectic method. What 
 fitted, to the positions alone, is the four masses, starting from zero, together with
 all initial positions and velocities: 28 parameters.
 
-Symplectic methods are reversible as they stand: no second copy of the solution, no
-checkpoints, and gradients in constant memory with `ReversibleAdjoint()`. Here first
-*and* second derivatives are used. The Hessian, by forward over reverse mode, makes the
-fit one of few steps, by Newton's method with the damping of Levenberg and Marquardt;
-and its inverse tells how well each of the masses is determined.
+Symplectic methods are reversible as they stand: there is no second copy of the
+solution, and the memory of a gradient with `ReversibleAdjoint()` hardly grows with the
+number of steps. Here first *and* second derivatives are used. The Hessian, by forward
+over reverse mode, makes the fit one of few steps, by Newton's method with the damping
+of Levenberg and Marquardt; and its inverse tells how well each of the masses is
+determined.
 
 What to expect: the ephemeris is good to an arcminute, that is to 1e-3 or 1e-4 of a
 position (`SIGMA` below). What Jupiter and Saturn do is a hundred times as much, and
