@@ -5,8 +5,8 @@ it adds is around that loop: `solver.init`, output at `t0` and `t1`, and the lik
 differentiated by JAX.
 
 With `s` slots for the starts of segments of `n` steps, and room for the states of one
-segment, up to `(s + 1) * n` steps are recomputed once each, and those of the last
-segment never. Beyond that slots are thinned out, and what lies between two of them is
+segment, up to `(s + 1) * n` steps are recomputed once each, and the last `n` of them
+never. Beyond that slots are thinned out, and what lies between two of them is
 recomputed more than once. (Who wants to know how many states are stored, or why, may
 begin with `plan`, and read `slots`, `segments` and `backward`.)
 
