@@ -226,6 +226,46 @@ def test_memory(size, batch, max_steps):
     )
 
 
+def test_memory_of_wide_layers():
+    # What is within the stages is much larger than `y`: it is recomputed, one by one.
+    w = jnp.linspace(0.1, 1, 32)
+
+    def loss(adjoint, solver, max_steps, y0, c):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(
+                lambda t, y, c: jnp.tanh((y @ w[None]) @ c) @ c.T @ w[:, None]
+            ),
+            solver,
+            *(0.0, 1.0, 0.2),
+            y0,
+            c,
+            adjoint=adjoint,
+            max_steps=max_steps,
+        )
+        return jnp.sum(sol.ys**2)
+
+    def gradient(adjoint, solver=diffrax.Tsit5(), max_steps=8):
+        fn = ft.partial(loss, adjoint, solver, max_steps)
+        grad = jax.jit(jax.grad(fn, (0, 1)))
+        arguments = jnp.linspace(-1, 1, 128)[:, None], jnp.eye(32) / 8
+        compiled = grad.lower(*arguments).compile()
+        return compiled(*arguments), compiled.memory_analysis().temp_size_in_bytes
+
+    expected, default = gradient(CHECKPOINTING)
+    for solver in (
+        diffrax.Tsit5(),
+        diffrax.Tsit5(scan_kind="lax"),
+        dfxr.UReversible(diffrax.Tsit5()),
+    ):
+        grad, num_bytes = gradient(dfxr.ReversibleAdjoint(), solver)
+        assert relative_difference(grad, expected) < TOL
+        assert num_bytes < 1.75 * default
+    # With many more steps there is room for all stages of a step.
+    _, few = gradient(dfxr.ReversibleAdjoint())
+    _, more = gradient(dfxr.ReversibleAdjoint(), max_steps=10_000)
+    assert more > 1.5 * few
+
+
 #
 # Solvers and terms of other kinds
 #

@@ -15,6 +15,7 @@ from .._jax_compat import eqxi
 from .._method.affine import Registers, StepInfo
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
+from .._method.explicit_rk import Checkpointed
 from .._method.tree import stop_gradient, tree_add
 from .functions import of_dtype
 from .pullback import AbstractPullback, add_step, GenericPullback, Grads, Rebuilt, Start
@@ -36,6 +37,11 @@ class CouplingPullback(AbstractPullback):
         self.fallback = fallback
         self.couplings = solver.checked_couplings()
         self.last = len(self.couplings) - 1
+        self.num_unrolled = solver._num_unrolled
+
+    @property
+    def name_of_differentiated(self) -> str:
+        return f"shift_{self._first_shift}"
 
     @property
     def _first_shift(self) -> int:
@@ -121,7 +127,8 @@ class CouplingPullback(AbstractPullback):
         for k, coupling in enumerate(self.couplings):
 
             def shift(fixed, t0, t1, control, others, value, coupling=coupling):
-                info = StepInfo(terms, t0, t1, args, control, fixed, value)
+                term = Checkpointed(terms) if self.recomputes_stages else terms
+                info = StepInfo(term, t0, t1, args, control, fixed, value)
                 shift, info_k = coupling.shift_at(info, others)
                 if solver.is_constant(coupling):
                     shift = stop_gradient(shift)

@@ -202,17 +202,15 @@ class Hoister:
         consts = filter(eqx.is_inexact_array, self._consts)
         return sum(x.size * x.dtype.itemsize for x in consts)
 
-    @property
-    def bytes_of_products(self) -> int:
-        """Of the results of products of matrices, and convolutions: which a pullback
-        keeps, where XLA computes most others once more."""
-        products = [
-            eqn.outvars[0].aval
-            for static, _, _ in self._functions.values()
-            for eqn in equations(getattr(static, "jaxpr", _NO_EQUATIONS))
+    def bytes_of_products(self, name: str) -> int:
+        """Of the results of products of matrices, and convolutions, in a function:
+        which its pullback keeps, where XLA computes most others once more."""
+        static, _, _ = self._functions[name]
+        return sum(
+            repeats * eqn.outvars[0].aval.size * eqn.outvars[0].aval.dtype.itemsize
+            for eqn, repeats in equations(getattr(static, "jaxpr", _NO_EQUATIONS))
             if eqn.primitive.name in ("dot_general", "conv_general_dilated")
-        ]
-        return sum(x.size * x.dtype.itemsize for x in products)
+        )
 
     def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
         return Hoisted(dict(self._functions)), tuple(self._consts)

@@ -10,8 +10,9 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import without_saving
+from .hoist import Hoister
 from .noise import Noise
-from .pullback import AbstractPullback
+from .pullback import AbstractPullback, Step
 from .record import Recorder
 from .segments import Segments
 
@@ -61,25 +62,41 @@ def made_jump_example(stepsize_controller, init_state, args) -> Any:
     return jnp.asarray(init_state.made_jump)
 
 
+def add_functions(
+    pullback: AbstractPullback,
+    hoister: Hoister,
+    terms,
+    args,
+    step: Step,
+    init_state,
+    max_steps: int | None,
+) -> None:
+    """Those of the `pullback`: so that what is within a stage is kept, if there is room
+    for that beside the states, and recomputed if there is not."""
+    pullback.add_functions(hoister, terms, args, step)
+    room = (1 - _PART) * _bytes_of_host(init_state, max_steps)
+    room += _PART_OF_CONSTS * hoister.bytes_of_consts
+    if _bytes_of_stages(pullback, hoister) > room:
+        pullback.recomputes_stages = True
+        pullback.add_functions(hoister, terms, args, step)
+
+
 def make_segments(
     pullback: AbstractPullback,
     noise: Noise,
     init_state,
     made_jump: Any,
+    hoister: Hoister,
     *,
     is_uniform: bool,
-    bytes_of_consts: int,
-    bytes_of_products: int,
     max_steps: int | None,
     checkpoints: int | Literal["auto"],
     checkpoint_every: int | None,
 ) -> Segments:
     """As many states as fit into the memory of the default adjoint, unless the user
-    says how many. The bytes are those of the constants of a step, and of the products
-    of matrices in it."""
-    num = _NO_BOUND if max_steps is None else num_checkpoints_of_host(max_steps)
-    of_host = num * _num_bytes(without_saving(init_state))
-    of_grads = min(_PART_OF_CONSTS * bytes_of_consts, of_host / 2)
+    says how many. The `hoister` has the functions of the `pullback`."""
+    of_host = _bytes_of_host(init_state, max_steps)
+    of_grads = min(_PART_OF_CONSTS * hoister.bytes_of_consts, of_host / 2)
     # (With a place for one state, and for one start of a step.)
     one = Segments(pullback, noise, made_jump, None, False, 1, 0)
     of_slot = _num_bytes(one.empty_slots(init_state))
@@ -113,8 +130,7 @@ def make_segments(
         if max_steps is not None:
             # That in which each step is recomputed once.
             enough = 2 * math.sqrt(max_steps * of_slot * of_start) + of_slot
-            unrolled = max(1 - _STAGES_OF_HOST / pullback.num_unrolled, 0)
-            most = of_host - _OF_LOOPS - unrolled * bytes_of_products
+            most = of_host - _OF_LOOPS - _bytes_of_stages(pullback, hoister)
             is_enough = enough <= _PART_IF_ENOUGH * of_host
             budget = max(budget, enough if is_enough else min(enough, most))
         num_slots, length = share_out_recomputed(budget, max_steps, of_slot, of_start)
@@ -125,6 +141,20 @@ def make_segments(
     return Segments(
         *(pullback, noise, made_jump, recorder, has_increments, num_slots, length)
     )
+
+
+def _bytes_of_host(init_state, max_steps: int | None) -> int:
+    num = _NO_BOUND if max_steps is None else num_checkpoints_of_host(max_steps)
+    return num * _num_bytes(without_saving(init_state))
+
+
+def _bytes_of_stages(pullback: AbstractPullback, hoister: Hoister) -> float:
+    """What a step takes in addition to one of the default adjoint."""
+    num = 1 if pullback.recomputes_stages else pullback.num_unrolled
+    if num <= _STAGES_OF_HOST:
+        return 0.0
+    num_bytes = hoister.bytes_of_products(pullback.name_of_differentiated)
+    return (num - _STAGES_OF_HOST) / num * num_bytes
 
 
 #

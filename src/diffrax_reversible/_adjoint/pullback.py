@@ -92,10 +92,17 @@ class AbstractPullback(abc.ABC):
     solver: diffrax.AbstractSolver
     # Whether a step can be undone; otherwise its start has to be known.
     undoes: bool = True
-    # How many stages a step consists of, if they are not made by a loop.
+    # How many stages the function that is differentiated consists of, if they are
+    # evaluations of one term and not made by the host's loop.
     num_unrolled: int = 1
+    # Whether what is within a stage is recomputed to be differentiated.
+    recomputes_stages: bool = False
     # What can stand in for this one, with the same functions, where it is not enough.
     fallback: "AbstractPullback | None" = None
+
+    @property
+    def name_of_differentiated(self) -> str:
+        return "step"
 
     @abc.abstractmethod
     def add_functions(self, hoister: Hoister, terms, args, step: Step):

@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._jax_compat import eqxi
-from .._method.explicit_rk import NOT_THERE, num_evaluations
+from .._method.explicit_rk import Checkpointed, NOT_THERE, num_evaluations
 from .._method.tree import tree_where
 from .._solver.bases import is_given_by_tableau
 from .._solver.unrolled import cast_like, Unrolled
@@ -150,7 +150,8 @@ def _with_stages(solver: Any, kind: str) -> Any:
 
 class ExplicitPullback(StepPullback):
     """Of an explicit Runge--Kutta solver that is given by its tableau: with the stages
-    unrolled.
+    unrolled. What is within one of them is recomputed if all of that would take more
+    memory than the default adjoint does.
 
     Its state is the slope at the start of a step, if it is first-same-as-last. That is
     a function of `y`, so it is not stored. But at the start of a solve it may be given,
@@ -186,6 +187,8 @@ class ExplicitPullback(StepPullback):
         return is_start, f0
 
     def _step(self, terms, args, dense, made_jump, t0, t1, y0, solver_state):
+        if self.recomputes_stages:
+            terms = Checkpointed(terms)
         f0 = NOT_THERE
         if solver_state is not None:
             is_given, f0 = solver_state

@@ -17,7 +17,7 @@ from .coupling_pullback import make_pullback
 from .derivative import differentiate
 from .guard import without_tangents
 from .hoist import Hoister
-from .plan import made_jump_example, make_segments
+from .plan import add_functions, made_jump_example, make_segments
 from .problem import Derivative, Inputs
 from .pullback import Step
 from .record import Record
@@ -91,12 +91,10 @@ def outer_while_loop(
     )
     # What the rule needs, as functions whose constants are explicit.
     hoister = Hoister()
-    pullback.add_functions(hoister, terms, args, step)
+    add_functions(pullback, hoister, terms, args, step, init_state, max_steps)
     segments = make_segments(
-        *(pullback, noise, init_state, made_jump),
+        *(pullback, noise, init_state, made_jump, hoister),
         is_uniform=is_uniform,
-        bytes_of_consts=hoister.bytes_of_consts,
-        bytes_of_products=hoister.bytes_of_products,
         max_steps=max_steps,
         checkpoints=checkpoints,
         checkpoint_every=checkpoint_every,

@@ -319,6 +319,12 @@ class AbstractCouplingSolver(AbstractReversibleSolver[_SolverState]):
                 )
         return couplings
 
+    @property
+    def _num_unrolled(self) -> int:
+        """How many stages a shift consists of, if they are evaluations of the one
+        term."""
+        return 1
+
     def is_constant(self, coupling: Coupling) -> bool:
         """Whether it updates nothing but `constants`."""
         return set(coupling.updated) <= set(self.constants)

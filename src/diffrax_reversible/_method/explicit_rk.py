@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._compat import Args, RealScalarLike, Term, Y
+from .._compat import Args, RealScalarLike, Term, VF, Y
 
 
 # In place of a stage that is not evaluated. (`None` is a stage, if `y` is `None`.)
@@ -62,6 +62,9 @@ def explicit_rk_increment(
     The stages are made by a loop, if `scan`, or unrolled; by default unrolled, unless
     that takes long to compile. In either case no stage is evaluated that does not
     contribute. The first stage may be given as `first`.
+
+    With a `Checkpointed` term it takes little more memory to differentiate than one
+    stage does.
     """
     stages = num_evaluations(tableau)
     ts = [t_from]
@@ -77,6 +80,10 @@ def explicit_rk_increment(
         k = [] if first is None else [first]
         for i, t_i in list(enumerate(ts))[len(k) :]:
             y_i = y if i == 0 else combine(tableau.a_lower[i - 1], k, sign, y)
+            if isinstance(term, Checkpointed):
+                # So that gradients of what stages share are added one after the other:
+                # XLA would keep those of all stages to add them at once.
+                term, args = _barrier((term, args))
             # XLA would fuse each stage into those that use it, to be computed again in
             # each, and that grows quickly with their number.
             k_i = term.vf_prod(t_i, lax.optimization_barrier(y_i), args, control)
@@ -86,6 +93,30 @@ def explicit_rk_increment(
         error=combine(tableau.b_error[:stages], k, sign),
         k=tuple(k),
     )
+
+
+class Checkpointed(diffrax.AbstractTerm):
+    """A term whose vector field is evaluated once more to be differentiated, so that
+    nothing of what is within it has to be kept."""
+
+    term: diffrax.AbstractTerm
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
+        return eqx.filter_checkpoint(self.term.vf)(t, y, args)
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> Any:
+        return self.term.contr(t0, t1, **kwargs)
+
+    def prod(self, vf: VF, control: Any) -> Y:
+        return self.term.prod(vf, control)
+
+    def vf_prod(self, t: RealScalarLike, y: Y, args: Args, control: Any) -> Y:
+        return eqx.filter_checkpoint(self.term.vf_prod)(t, y, args, control)
+
+
+def _barrier(tree: PyTree) -> PyTree:
+    dynamic, static = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(lax.optimization_barrier(dynamic), static)
 
 
 # Unrolled stages of more operations than this in all take long to compile.
@@ -99,14 +130,16 @@ def _is_long(stages: int, term, t, y, args, control) -> bool:
     return stages * len(list(equations(jaxpr.jaxpr))) > _MANY
 
 
-def equations(jaxpr) -> Iterator[Any]:
-    """Also those of the functions that are called in it."""
+def equations(jaxpr, repeats: int = 1) -> Iterator[tuple[Any, int]]:
+    """Also those of the functions that are called in it; and how often each is run, as
+    far as that is known."""
     is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     for eqn in jaxpr.eqns:
-        yield eqn
+        yield eqn, repeats
+        of_loop = repeats * eqn.params.get("length", 1)
         for x in jtu.tree_leaves(eqn.params, is_leaf=is_jaxpr):
             if is_jaxpr(x):
-                yield from equations(getattr(x, "jaxpr", x))
+                yield from equations(getattr(x, "jaxpr", x), of_loop)
 
 
 def _scan_stages(

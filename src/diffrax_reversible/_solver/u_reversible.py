@@ -23,7 +23,12 @@ from .._compat import (
 from .._method import controlled as controlled
 from .._method.affine import Coupling, Registers, StepInfo
 from .._method.coupling import AbstractCouplingSolver
-from .._method.explicit_rk import explicit_rk_increment, Increment, uses_last_stage
+from .._method.explicit_rk import (
+    explicit_rk_increment,
+    Increment,
+    num_evaluations,
+    uses_last_stage,
+)
 from .._method.interpolation import has_own_interpolation
 from .._method.srk import srk_control, srk_increment
 from .._method.tree import stop_gradient
@@ -192,6 +197,10 @@ class UReversible(
         return not (
             has_own_interpolation(self.solver) and uses_last_stage(self._tableau)
         )
+
+    @property
+    def _num_unrolled(self) -> int:
+        return 1 if self._is_srk else num_evaluations(self._tableau)
 
     @property
     def _controlled(self) -> bool:

@@ -17,7 +17,12 @@ from .._compat import (
     Y,
 )
 from .._jax_compat import eqxi
-from .._method.explicit_rk import combine, explicit_rk_increment, NOT_THERE
+from .._method.explicit_rk import (
+    Checkpointed,
+    combine,
+    explicit_rk_increment,
+    NOT_THERE,
+)
 
 
 def cast_like(x: PyTree, like: PyTree) -> PyTree:
@@ -136,6 +141,8 @@ class Unrolled(diffrax.AbstractWrappedSolver[PyTree]):
         the solver is first-same-as-last. (All of the dtype of `y`, as in diffrax.)"""
         tableau, control = self.solver.tableau, terms.contr(t0, t1)
         of_dtype = _OfDtype(terms, y0)
+        if isinstance(terms, Checkpointed):
+            of_dtype = Checkpointed(_OfDtype(terms.term, y0))
         has_slope = f0 is not NOT_THERE
         new = explicit_rk_increment(
             tableau,  # pyright: ignore[reportArgumentType]
