@@ -387,7 +387,7 @@ class _Steps(NamedTuple):
     def start(self, index) -> tuple[Starts, _State]:
         static = statics((self.init_state.y, self.init_state.solver_state))
         at: Starts = jtu.tree_map(lambda x: x[index], self.starts)
-        return at, _State(*eqx.combine((at.y, at.stored), static))
+        return at, _State(*eqx.combine((at.y, at.solver_state), static))
 
 
 def _wanted(steps: _Steps, every: int | None):

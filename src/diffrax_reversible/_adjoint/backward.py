@@ -72,7 +72,7 @@ class _At(NamedTuple):
 
     starts: Starts
     y: PyTree
-    stored: PyTree
+    solver_state: PyTree
 
     @property
     def made_jump(self) -> Any:
@@ -204,7 +204,7 @@ class Walk:
     def _at(self, starts: Starts, number: Array) -> _At:
         at: Starts = take(starts, self._segments.place(number))
         static = (self._static.y, self._static.solver_state)
-        return _At(at, *eqx.combine((at.y, at.stored), static))
+        return _At(at, *eqx.combine((at.y, at.solver_state), static))
 
     def _again(self, carry: Carry, check: Check) -> tuple[Carry, Check]:
         """From the end, all of a batch."""
@@ -258,8 +258,8 @@ class Walk:
         starts = self._recorder.load(self._record.steps, starts, order, k, pred)
         place, here = self._segments.place(first), pred & (number == first)
         y = put(starts.y, place, top.y, here)
-        stored = put(starts.stored, place, top.solver_state, here)
-        return starts._replace(y=y, stored=stored)
+        solver_state = put(starts.solver_state, place, top.solver_state, here)
+        return starts._replace(y=y, solver_state=solver_state)
 
     def _last_differs(self, starts: Starts) -> Array:
         """Whether the last step is undone to something else than its start, which is
@@ -268,7 +268,7 @@ class Walk:
         undo, ends = self._undo, self._ends
         assert self._recorder is not None and self._record.marks is not None
         at = self._at(starts, jnp.maximum(ends.num_steps - 1, 0))
-        solver_state = self._recorder.with_recorded(ends.solver_state, at.stored)
+        solver_state = self._recorder.with_recorded(ends.solver_state, at.solver_state)
         t0, t1 = at.starts.t0, at.starts.t1
         step = Step(t0, t1, ends.y, solver_state, at.made_jump)
         rebuilt = undo.pullback.undone(undo.fns, step)
@@ -352,11 +352,11 @@ class Walk:
         number = jnp.minimum(jnp.where(active, n - 1, n), last)
         at, initial = self._at(starts, number), self._init_state.solver_state
         y = at.y
-        state = self._segments.pullback.of_step(at.stored, initial, number == 0)
+        state = self._segments.pullback.of_step(at.solver_state, initial, number == 0)
         t0, t1 = undo.located(number, at.starts.t0, at.starts.t1)
         recorder, solver_state = self._segments.recorder, carry.solver_state
         if recorder is not None:
-            solver_state = recorder.with_recorded(solver_state, at.stored)
+            solver_state = recorder.with_recorded(solver_state, at.solver_state)
             # (Or, if steps are differentiated at both ends, a step of length zero from
             # where it is: so that no NaN comes of it.)
             at_hand = (carry.y1, carry.solver_state)

@@ -35,9 +35,10 @@ class Starts(NamedTuple):
     t1: Any
     # `None` if it is known in advance that there are no jumps.
     made_jump: Any
-    # The arrays of `y`, and of what is stored of the solver state.
+    # The arrays of `y`, and of what is stored of the solver state: see
+    # `AbstractPullback.stored`.
     y: PyTree
-    stored: PyTree
+    solver_state: PyTree
     # Of Brownian motions, if steps are not undone: see `Noise`.
     increments: list[list[PyTree]]
 
@@ -265,7 +266,7 @@ class Recorder:
             t1=t1,
             t0=starts.t0 if self._has_jumps else None,
             made_jump=starts.made_jump,
-            recorded=self._leaves(eqx.combine(starts.stored, static)),
+            recorded=self._leaves(eqx.combine(starts.solver_state, static)),
             is_marked=is_marked,
         )
 
@@ -295,18 +296,19 @@ class Recorder:
         new = (t_prev, t0, t1, row.made_jump, row.recorded)
         # (Not of the states, which may be large.)
         new = take_all(new, order)
-        old = (*starts[:4], self._leaves(starts.stored))
+        old = (*starts[:4], self._leaves(starts.solver_state))
         *times, recorded = jtu.tree_map(lambda a, b: jnp.where(pred, a, b), new, old)
-        stored = starts.stored
+        solver_state = starts.solver_state
         if len(recorded) > 0:
-            stored = eqx.tree_at(self._leaves, stored, recorded)
+            solver_state = eqx.tree_at(self._leaves, solver_state, recorded)
         t_prev, t0, t1, made_jump = times
         times = dict(t_prev=t_prev, t0=t0, t1=t1, made_jump=made_jump)
-        return starts._replace(**times, stored=stored)
+        return starts._replace(**times, solver_state=solver_state)
 
-    def with_recorded(self, solver_state: PyTree, stored: PyTree) -> PyTree:
-        """`solver_state` with its recorded part as it is in `stored`."""
-        recorded = self._leaves(stored)
+    def with_recorded(self, solver_state: PyTree, start: PyTree) -> PyTree:
+        """`solver_state`, at the end of a step, with its recorded part as it is at the
+        `start`."""
+        recorded = self._leaves(start)
         if len(recorded) == 0:
             return solver_state
         return eqx.tree_at(self._leaves, solver_state, recorded)

@@ -61,38 +61,38 @@ def add_functions(hoister: Hoister, solver, terms, args, step: Step) -> None:
 
 
 class Found(NamedTuple):
-    """A state, as it was rebuilt and as it was stored; and a later one. Each is a pair
-    of `y` and the solver state."""
+    """A state, as it was rebuilt and as it is known to be; and a later one. Each is a
+    pair of `y` and the solver state."""
 
     t0: Array
     t1: Array
     rebuilt: tuple[PyTree, PyTree]
-    stored: tuple[PyTree, PyTree]
+    known: tuple[PyTree, PyTree]
     # Nothing was saved in between.
     later: tuple[PyTree, PyTree]
     # Whether an element that does not change is one that has not changed since: as
-    # otherwise the next step is made from what is stored.
+    # otherwise the next step is made from what is known.
     at_rest: Array
 
     @property
     def y(self) -> tuple[PyTree, PyTree]:
-        return self.rebuilt[0], self.stored[0]
+        return self.rebuilt[0], self.known[0]
 
     def differs(self, fns: Functions, change: PyTree, is_finite: Array) -> Array:
         """Whether they differ. `change` is that of `y` in the next step, or `None` if
         it is not known."""
-        states = (self.rebuilt, self.stored, self.later)
-        rebuilt, stored, later = [fns.call("comparable", *state) for state in states]
+        states = (self.rebuilt, self.known, self.later)
+        rebuilt, known, later = [fns.call("comparable", *state) for state in states]
         moved = rests = None
         if change is not None:
-            y, solver_state = self.stored
-            rests = [self.at_rest & x for x in _at_rest(y, change, stored)]
+            y, solver_state = self.known
+            rests = [self.at_rest & x for x in _at_rest(y, change, known)]
             moved_y = jtu.tree_map(
                 lambda x, c: x if c is None else x + c.astype(x.dtype), y, change
             )
             moved = fns.call("comparable", moved_y, solver_state)
-        tol = tolerance(self.stored[0])
-        return _states_differ(tol, rebuilt, stored, later, moved, rests, is_finite)
+        tol = tolerance(self.known[0])
+        return _states_differ(tol, rebuilt, known, later, moved, rests, is_finite)
 
 
 def differs(
@@ -129,21 +129,21 @@ def differs(
 
     # (Side by side: then XLA compares the gradients of constants as it makes them, and
     # none takes any memory.)
-    (_, *rebuilt), (change, *stored) = map(pull, found.y)
+    (_, *rebuilt), (change, *known) = map(pull, found.y)
     # The size of an element does not vanish where it changes its sign, nor where it is
     # yet to become anything.
     out = found.differs(fns, _inexact(change), is_finite)
     # (The same for a batch, or gradients that it shares would be one for each element.)
     num_steps = eqxi.unvmap_max(num_steps)
-    new_noise = _rounding(grad_y, stored[1], _inexact(found.y[1]), num_steps)
+    new_noise = _rounding(grad_y, known[1], _inexact(found.y[1]), num_steps)
     noise = jnp.maximum(noise, eqxi.unvmap_max(new_noise.astype(noise.dtype)))
     tol = tol**_OF_GRADIENT
-    for i, b in stored[0].items():
+    for i, b in known[0].items():
         floor = _FLOOR * eps * _over_largest(noise, fns.consts[i])
         a, total = rebuilt[0][i], grad_consts[i]
         if b.size > 0:
             out = out | _gradients_differ(tol, a, b, total, floor, num_steps)
-    of_y, no_floor = (rebuilt[1], stored[1], grad_y), jnp.zeros_like(noise)
+    of_y, no_floor = (rebuilt[1], known[1], grad_y), jnp.zeros_like(noise)
     for a, b, total in zip(*map(jtu.tree_leaves, of_y), strict=True):
         if b.size > 0:
             out = out | _gradients_differ(tol, a, b, total, no_floor, num_steps)
@@ -185,14 +185,14 @@ def _inexact(tree: PyTree) -> PyTree:
 def _states_differ(
     tol: float,
     rebuilt: PyTree,
-    stored: PyTree,
+    known: PyTree,
     later: PyTree,
     moved: PyTree,
     rests: list[Any] | None,
     is_finite: Array,
 ) -> Array:
     out = jnp.array(False)
-    states = (rebuilt, stored, later, stored if moved is None else moved)
+    states = (rebuilt, known, later, known if moved is None else moved)
     leaves = [*map(_arrays, states)]
     rests = [False] * len(leaves[0]) if rests is None else rests
     for a, b, *others, holds in zip(*leaves, rests, strict=True):
