@@ -240,7 +240,7 @@ class _Scaled(AbstractLinear):
             self.sizes.append([marked.level.size for marked in batch])
         return [t * jnp.sum(x)]
 
-    def transpose(self, given, wanted):
+    def transpose(self, given, perturbed):
         return _Scaled(self.sizes, not self.is_transposed)
 
     def differentiate(self, linear, others, tangents):

@@ -50,5 +50,6 @@ begin with `plan`, and read `slots`, `segments` and `backward`.)
 *marked* if it is to be recomputed, and a state is *wanted* if it should be stored, as
 undoing does not give it well enough. What is *known* of a step has been stored or
 recomputed, and what is *rebuilt* has been undone. *Hoisted* is a function whose
-constants are arguments. (Of gradients *wanted* are those that are asked for.)
+constants are arguments. *Perturbed* is an input with respect to which the solve is
+differentiated.
 """

@@ -63,8 +63,10 @@ def differentiate(
     pairs = [x for x in jtu.tree_leaves(paired, is_leaf=_is_pair) if _is_pair(x)]
     out: list[Any] = [None] * len(state_leaves)
     if len(pairs) > 0:
-        wanted = tuple(i for i, _ in pairs)
-        found = apply(_Tangent(problem, given, wanted), [t for _, t in pairs], arrays)
+        perturbed = tuple(i for i, _ in pairs)
+        found = apply(
+            _Tangent(problem, given, perturbed), [t for _, t in pairs], arrays
+        )
         for i, t in zip(given, found, strict=True):
             out[i] = t
     return jtu.tree_unflatten(state_treedef, out)
@@ -95,69 +97,77 @@ class _OfSolve(AbstractLinear):
 
 
 class _Tangent(_OfSolve):
-    def __init__(self, problem: Problem, given, wanted):
+    def __init__(self, problem: Problem, given, perturbed):
         self.problem = problem
         # Which arrays of the final state, and which of the inputs.
         self.given = given
-        self.wanted = wanted
+        self.perturbed = perturbed
 
     def shapes(self, linear, others):
         shapes = self.problem.state_shapes(others)
         return [_struct(shapes[i]) for i in self.given]
 
     def dims_out(self, dims):
-        dims, others = dims[: len(self.wanted)], dims[len(self.wanted) :]
-        varied = list(zip(self.wanted, dims, strict=True))
+        dims, others = dims[: len(self.perturbed)], dims[len(self.perturbed) :]
+        varied = list(zip(self.perturbed, dims, strict=True))
         return self.problem.dims_out(self.given, varied, others)
 
     def __call__(self, linear, others, batch):
-        self.problem.check_forward(self.wanted)
+        self.problem.check_forward(self.perturbed)
 
         def fn(*values):
-            arrays = put(others, self.wanted, values)
+            arrays = put(others, self.perturbed, values)
             return self.problem.final_state(arrays, self.given)
 
-        primals = [others[i] for i in self.wanted]
+        primals = [others[i] for i in self.perturbed]
         _, out = jax.jvp(fn, primals, list(linear))
-        loses_time = self.problem.loses_time(self.wanted, linear, others)
+        loses_time = self.problem.loses_time(self.perturbed, linear, others)
         return check_time(out, loses_time, self.problem.derivative.throw)
 
-    def transpose(self, given, wanted):
-        given, wanted = _subset(self.given, given), _subset(self.wanted, wanted)
-        return _Gradient(self.problem, given, wanted)
+    def transpose(self, given, perturbed):
+        given, perturbed = (
+            _subset(self.given, given),
+            _subset(self.perturbed, perturbed),
+        )
+        return _Gradient(self.problem, given, perturbed)
 
     def differentiate(self, linear, others, tangents):
         own = _of_inputs(self.problem, tangents)
         if len(own) == 0:
             return None
-        fn = _SecondTangent(self.problem, self.given, self.wanted, tuple(own))
+        fn = _SecondTangent(self.problem, self.given, self.perturbed, tuple(own))
         return apply(fn, list(own.values()), [*linear, *others])
 
 
 class _Gradient(_OfSolve):
-    def __init__(self, problem: Problem, given, wanted):
+    def __init__(self, problem: Problem, given, perturbed):
         self.problem = problem
         self.given = given
-        self.wanted = wanted
+        self.perturbed = perturbed
 
     def shapes(self, linear, others):
-        return [_struct(others[i]) for i in self.wanted]
+        return [_struct(others[i]) for i in self.perturbed]
 
     def keeps_name(self, dims):
         return not self.problem.steps_differ(dims)
 
     def __call__(self, linear, others, batch):
-        return walk_back(self.problem, self.given, self.wanted, linear, others, batch)
+        return walk_back(
+            self.problem, self.given, self.perturbed, linear, others, batch
+        )
 
-    def transpose(self, given, wanted):
-        wanted, given = _subset(self.wanted, given), _subset(self.given, wanted)
-        return _Tangent(self.problem, given, wanted)
+    def transpose(self, given, perturbed):
+        perturbed, given = (
+            _subset(self.perturbed, given),
+            _subset(self.given, perturbed),
+        )
+        return _Tangent(self.problem, given, perturbed)
 
     def differentiate(self, linear, others, tangents):
         own = _of_inputs(self.problem, tangents)
         if len(own) == 0:
             return None
-        fn = _Hessian(self.problem, self.given, self.wanted, tuple(own))
+        fn = _Hessian(self.problem, self.given, self.perturbed, tuple(own))
         return apply(fn, list(own.values()), [*linear, *others])
 
 
@@ -168,10 +178,10 @@ def _of_inputs(problem: Problem, tangents: dict[int, Array]) -> dict[int, Array]
 
 
 class _Second(_OfSolve):
-    def __init__(self, problem: Problem, given, wanted, varied):
+    def __init__(self, problem: Problem, given, perturbed, varied):
         self.problem = problem
         self.given = given
-        self.wanted = wanted
+        self.perturbed = perturbed
         # With respect to which of the inputs it is differentiated once more.
         self.varied = varied
 
@@ -193,7 +203,7 @@ class _Hessian(_Second):
 
     def shapes(self, linear, others):
         arrays = others[len(others) - self.problem.size :]
-        return [_struct(arrays[i]) for i in self.wanted]
+        return [_struct(arrays[i]) for i in self.perturbed]
 
     def __call__(self, linear, others, batch):
         self.problem.check_forward(self.varied)
@@ -205,7 +215,7 @@ class _Hessian(_Second):
             return walk_back(
                 self.problem,
                 self.given,
-                self.wanted,
+                self.perturbed,
                 gradient,
                 put(arrays, self.varied, values),
                 batch,
@@ -217,19 +227,19 @@ class _Hessian(_Second):
         _, out = jax.jvp(fn, primals, list(direction))
         return out
 
-    def transpose(self, given, wanted):
+    def transpose(self, given, perturbed):
         if self.of_gradient:
             return _SecondTangent(
                 self.problem,
-                _subset(self.given, wanted),
+                _subset(self.given, perturbed),
                 self.varied,
-                _subset(self.wanted, given),
+                _subset(self.perturbed, given),
             )
         return _Hessian(
             self.problem,
             self.given,
-            _subset(self.varied, wanted),
-            _subset(self.wanted, given),
+            _subset(self.varied, perturbed),
+            _subset(self.perturbed, given),
         )
 
 
@@ -239,16 +249,16 @@ class _HessianOfGradient(_Hessian):
 
 class _SecondTangent(_Second):
     def shapes(self, linear, others):
-        shapes = self.problem.state_shapes(others[len(self.wanted) :])
+        shapes = self.problem.state_shapes(others[len(self.perturbed) :])
         return [_struct(shapes[i]) for i in self.given]
 
     def dims_out(self, dims):
-        varied = list(zip((*self.varied, *self.wanted), dims))
+        varied = list(zip((*self.varied, *self.perturbed), dims))
         return self.problem.dims_out(self.given, varied, dims[len(varied) :])
 
     def __call__(self, linear, others, batch):
-        self.problem.check_forward((*self.wanted, *self.varied))
-        k = len(self.wanted)
+        self.problem.check_forward((*self.perturbed, *self.varied))
+        k = len(self.perturbed)
         direction, arrays = others[:k], others[k:]
 
         def fn(*values):
@@ -256,27 +266,27 @@ class _SecondTangent(_Second):
                 put(arrays, all_numbers, values), self.given
             )
 
-        all_numbers = tuple(sorted({*self.wanted, *self.varied}))
+        all_numbers = tuple(sorted({*self.perturbed, *self.varied}))
 
         def first(*values):
             zeros = [jnp.zeros_like(x) for x in values]
-            tangents = _put_at(zeros, all_numbers, self.wanted, direction)
+            tangents = _put_at(zeros, all_numbers, self.perturbed, direction)
             return jax.jvp(fn, list(values), tangents)[1]
 
         primals = [arrays[i] for i in all_numbers]
         zeros = [jnp.zeros_like(x) for x in primals]
         tangents = _put_at(zeros, all_numbers, self.varied, linear)
         _, out = jax.jvp(first, primals, tangents)
-        both = (*self.wanted, *self.varied), (*direction, *linear)
+        both = (*self.perturbed, *self.varied), (*direction, *linear)
         loses_time = self.problem.loses_time(*both, arrays)
         return check_time(out, loses_time, self.problem.derivative.throw)
 
-    def transpose(self, given, wanted):
+    def transpose(self, given, perturbed):
         return _HessianOfGradient(
             self.problem,
             _subset(self.given, given),
-            _subset(self.varied, wanted),
-            self.wanted,
+            _subset(self.varied, perturbed),
+            self.perturbed,
         )
 
 

@@ -24,22 +24,22 @@ from .undo import Undo
 def walk_back(
     problem: Problem,
     given: Sequence[int],
-    wanted: Sequence[int],
+    perturbed: Sequence[int],
     grads: Sequence[Array],
     arrays: Sequence[Array],
     marked: Sequence[Marked],
     varied: Sequence[int] = (),
     has_stored: bool = True,
 ) -> list[Array]:
-    """The gradients of the `wanted` arrays of the inputs, from those of the `given`
+    """The gradients of the `perturbed` arrays of the inputs, from those of the `given`
     ones of the final state. It is differentiated with respect to those `varied`."""
     derivative = problem.derivative
     hoisted, segments = derivative.hoisted, derivative.segments
     inputs, ends, record, _ = problem.unflatten(arrays)
     init_state, times, consts, _ = inputs
-    all_wanted = set(wanted)
+    all_perturbed = set(perturbed)
     numbers = problem.numbers.inputs
-    is_wanted: Inputs = jtu.tree_map(lambda i: i in all_wanted, numbers)
+    is_perturbed: Inputs = jtu.tree_map(lambda i: i in all_perturbed, numbers)
 
     leaves, treedef = jtu.tree_flatten(eqx.filter(init_state, eqx.is_inexact_array))
     grad_leaves = put([None] * len(leaves), given, grads)
@@ -47,16 +47,18 @@ def walk_back(
 
     # (What else the steps depend on chooses where they are made, which is a constant.)
     differentiated = frozenset(
-        i for i in range(derivative.num_local) if is_wanted.consts[i] is True
+        i for i in range(derivative.num_local) if is_perturbed.consts[i] is True
     )
-    times_wanted = jtu.tree_map(
-        lambda p: p is True, is_wanted.times, is_leaf=lambda p: p is None
+    perturbed_times = jtu.tree_map(
+        lambda p: p is True, is_perturbed.times, is_leaf=lambda p: p is None
     )
     of_times = jtu.tree_leaves(numbers.times.of_steps)
-    watches = not all_wanted.union(varied).isdisjoint(of_times)
+    watches = not all_perturbed.union(varied).isdisjoint(of_times)
     batch = _batch(derivative, problem, consts, marked)
-    fns = Functions(hoisted, consts, differentiated, times_wanted.any_of_steps, batch)
-    pullback = segments.pullback.choose(fns, is_wanted.init_state.solver_state)
+    fns = Functions(
+        hoisted, consts, differentiated, perturbed_times.any_of_steps, batch
+    )
+    pullback = segments.pullback.choose(fns, is_perturbed.init_state.solver_state)
     if derivative.sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
         fns = fns._replace(batch=Batch((), consts))
     undo = Undo(
@@ -65,7 +67,7 @@ def walk_back(
         ends=ends,
         grad_final_state=grad_final_state,
         times=times,
-        wanted=times_wanted,
+        perturbed=perturbed_times,
         at_steps=derivative.at_steps,
         watches=watches and not derivative.at_steps.is_known,
     )
@@ -103,7 +105,7 @@ def walk_back(
         found,
         is_leaf=lambda i: i is None,
     )
-    return [by_number.get(i, jnp.zeros_like(arrays[i])) for i in wanted]
+    return [by_number.get(i, jnp.zeros_like(arrays[i])) for i in perturbed]
 
 
 def _of_inputs(

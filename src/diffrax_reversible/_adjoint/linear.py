@@ -70,8 +70,9 @@ class AbstractLinear(abc.ABC):
         """Of what comes out, given those of what goes in."""
 
     @abc.abstractmethod
-    def transpose(self, given: tuple[int, ...], wanted: tuple[int, ...]):
-        """From cotangents of those that come out, to those of the linear arrays."""
+    def transpose(self, given: tuple[int, ...], perturbed: tuple[int, ...]):
+        """From cotangents of those `given` that come out, to those of the linear arrays
+        that are `perturbed`."""
 
     @abc.abstractmethod
     def differentiate(
@@ -230,14 +231,14 @@ def _jvp(primals, tangents, *, fn, levels, num):
 
 def _transpose(cts, *arrays, fn, levels, num):
     given = tuple(i for i, ct in enumerate(cts) if type(ct) is not ad.Zero)
-    wanted = tuple(i for i in range(num) if ad.is_undefined_primal(arrays[i]))
+    perturbed = tuple(i for i in range(num) if ad.is_undefined_primal(arrays[i]))
     out: list[Any] = [None] * len(arrays)
     if len(given) == 0:
         return out
     transposed = [
         level._replace(
             dims=(*[level.dims_out[i] for i in given], *level.dims[num:]),
-            dims_out=tuple(level.dims[i] for i in wanted),
+            dims_out=tuple(level.dims[i] for i in perturbed),
             is_transposed=not level.is_transposed,
         )
         for level in levels
@@ -245,11 +246,11 @@ def _transpose(cts, *arrays, fn, levels, num):
     grads = _linear_p.bind(
         *[cts[i] for i in given],
         *arrays[num:],
-        fn=fn.transpose(given, wanted),
+        fn=fn.transpose(given, perturbed),
         levels=tuple(transposed),
         num=len(given),
     )
-    for i, g in zip(wanted, grads, strict=True):
+    for i, g in zip(perturbed, grads, strict=True):
         out[i] = g
     return out
 

@@ -100,7 +100,7 @@ class Constant(NamedTuple):
 
 class Times(NamedTuple):
     """Those that can be differentiated, or the same structure with something else for
-    each: gradients, or `None`; or whether they are wanted."""
+    each: gradients, or `None`; or whether they are perturbed."""
 
     start: Any
     end: Any
@@ -147,14 +147,14 @@ def controller_times(
     return times, clipped, unknown
 
 
-def zeros(wanted: Times, times: Times) -> Times:
+def zeros(perturbed: Times, times: Times) -> Times:
     return Times(
         *[
             jtu.tree_map(
-                lambda w, t: jnp.zeros(jnp.shape(t), jnp.result_type(t)) if w else None,
+                lambda p, t: jnp.zeros(jnp.shape(t), jnp.result_type(t)) if p else None,
                 *pair,
             )
-            for pair in zip(wanted, times)
+            for pair in zip(perturbed, times)
         ]
     )
 

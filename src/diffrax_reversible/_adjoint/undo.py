@@ -56,7 +56,7 @@ class Undo:
         ends: Ends,
         grad_final_state,
         times: times_.Times,
-        wanted: times_.Times,
+        perturbed: times_.Times,
         at_steps: times_.AtSteps,
         watches: bool,
     ):
@@ -65,7 +65,7 @@ class Undo:
         self._ends = ends
         self._grad_final_state = grad_final_state
         self._times = times
-        self._wanted = wanted
+        self._perturbed = perturbed
         self._steps = at_steps.every
         # Whether times are differentiated, and an adaptive controller chose the steps.
         self._watches = watches
@@ -96,8 +96,8 @@ class Undo:
         no_steps = ends.num_steps == 0
         # (There may be a last step that was rejected.)
         t1 = jnp.where(no_steps, ends.tprev, ends.t_last)
-        grad_times = times_.zeros(self._wanted, self._times)
-        if self._wanted.any_of_steps:
+        grad_times = times_.zeros(self._perturbed, self._times)
+        if self._perturbed.any_of_steps:
             n = ends.num_steps
             nodes = [(ends.tprev, grad.tprev, n)]
             if ends.event_times[0] is not None:
@@ -143,7 +143,7 @@ class Undo:
         )
 
     def _last_node(self, t1: Array) -> times_.Node | None:
-        if not any(self._wanted.clipped):
+        if not any(self._perturbed.clipped):
             return None
         # (If it is not the end of the solve then a solve that an event has ended.)
         grad = self._grad_final_state
@@ -304,7 +304,7 @@ class Undo:
                     loses_time = loses_time | (here & is_nonzero(grad_here))
                 saved = saved._replace(index=saved.index - jnp.where(is_saved, 1, 0))
             ts = self._times.saved[i]
-            if ts is not None and (grad_ys is not None or self._wanted.saved[i]):
+            if ts is not None and (grad_ys is not None or self._perturbed.saved[i]):
                 saved, grad_consts, grad_ts, grad_dense_info, new_t0, new_t1 = (
                     save.pull_ts(
                         fns,
