@@ -15,7 +15,7 @@ from diffrax_reversible._adjoint import plan, slots as slots_, verify
 from diffrax_reversible._adjoint.batch import Batch
 from diffrax_reversible._adjoint.functions import Functions
 from diffrax_reversible._adjoint.hoist import Hoister
-from diffrax_reversible._adjoint.record import Uniform
+from diffrax_reversible._adjoint.step_record import Uniform
 from diffrax_reversible._compat import without_saving
 from diffrax_reversible._diagnose import _recomputed
 

@@ -16,9 +16,9 @@ from ._adjoint.hoist import Hoister
 from ._adjoint.noise import Noise
 from ._adjoint.plan import made_jump_example, make_segments
 from ._adjoint.pullback import Step
-from ._adjoint.record import asks, at_rest, Recorder, Starts, Uniform
 from ._adjoint.rule import inner_loop, with_arrays
 from ._adjoint.segments import Segments
+from ._adjoint.step_record import asks, at_rest, Recorder, Starts, Uniform
 from ._adjoint.times import constant
 from ._adjoint.verify import tolerance
 from ._compat import ArrayTree, BoolScalarLike, host_loop, PyTree, RealScalarLike, Terms

@@ -25,8 +25,9 @@ begin with `plan`, and read `slots`, `segments` and `backward`.)
   recomputes one of them.
 - `backward`: the backward pass, from one segment to the one before.
 - `slots`: the stored states; and `index`, how they are read and written.
-- `record`: the times of steps, so that they can be undone; and which segments are to be
-  recomputed even so.
+- `residuals`: what is left of a solve for the backward pass.
+- `step_record`: where steps start and end, so that they can be undone; and which
+  segments are to be recomputed even so.
 - `noise`: what these loops, and the steps that are differentiated, ask of a Brownian
   motion.
 - `plan`: how much memory is given to what.

@@ -2,7 +2,8 @@
 
 1. The segment is recomputed, from the last stored state before it; and all of its
    states are kept (`segments.py`). Or, if the solver is reversible, only the times of
-   its steps are read from the record (`record.py`), unless the segment is marked there.
+   its steps are read from their record (`step_record.py`), unless the segment is marked
+   there.
 2. What has been rebuilt in the turn before is compared with what is known now
    (`verify.py`). If they differ, the backward pass begins anew, and recomputes every
    segment.
@@ -28,9 +29,10 @@ from . import verify as verify
 from .check import all_finite
 from .index import div, put, take
 from .pullback import Start, Step
-from .record import Ends, Record, Starts
+from .residuals import Ends, Residuals
 from .segments import Segments, Stored
 from .slots import Slots
+from .step_record import Starts
 from .undo import Carry, Undo
 from .vmap import tree_where_active
 
@@ -95,7 +97,7 @@ class Walk:
         undo: Undo,
         init_state,
         ends: Ends,
-        record: Record,
+        residuals: Residuals,
         recompute_fn: Callable,
         has_stored: bool,
     ):
@@ -103,7 +105,7 @@ class Walk:
         self._undo = undo
         self._init_state = init_state
         self._ends = ends
-        self._record = record
+        self._residuals = residuals
         self._recompute_fn = recompute_fn
         self._has_stored = has_stored
         self._initial = segments.stored(init_state, init_state.tprev)
@@ -112,9 +114,9 @@ class Walk:
         self._recorder = segments.recorder if has_stored else None
 
     def run(self) -> Backward:
-        record, ends = self._record, self._ends
+        residuals, ends = self._residuals, self._ends
         # (Those of the last segment are there from the way forward.)
-        slots, starts, y, solver_state = record.slots, record.starts, *ends[:2]
+        slots, starts, y, solver_state = residuals.slots, residuals.starts, *ends[:2]
         if not self._has_stored:
             starts = self._segments.empty_starts(self._init_state)
             slots = slots._replace(count=jnp.zeros_like(slots.count))
@@ -237,10 +239,10 @@ class Walk:
     #
 
     def _is_marked(self, k: Array) -> Array:
-        record = self._record
+        residuals = self._residuals
         assert self._recorder is not None
-        assert record.steps is not None and record.marks is not None
-        return self._recorder.is_marked(record.steps, k, record.marks)
+        assert residuals.steps is not None and residuals.marks is not None
+        return self._recorder.is_marked(residuals.steps, k, residuals.marks)
 
     def _load(
         self,
@@ -253,9 +255,9 @@ class Walk:
     ) -> Starts:
         """If `pred`, the steps of a segment, from the record; with the state at its
         start, if that is the stored one on `top`, whose `number` that is."""
-        assert self._recorder is not None and self._record.steps is not None
+        assert self._recorder is not None and self._residuals.steps is not None
         order = self._segments.order(first)
-        starts = self._recorder.load(self._record.steps, starts, order, k, pred)
+        starts = self._recorder.load(self._residuals.steps, starts, order, k, pred)
         place, here = self._segments.place(first), pred & (number == first)
         y = put(starts.y, place, top.y, here)
         solver_state = put(starts.solver_state, place, top.solver_state, here)
@@ -266,7 +268,7 @@ class Walk:
         known. (That is one step: where others are compared it may be an even number of
         them, and what goes wrong in each may be right again.)"""
         undo, ends = self._undo, self._ends
-        assert self._recorder is not None and self._record.marks is not None
+        assert self._recorder is not None and self._residuals.marks is not None
         at = self._at(starts, jnp.maximum(ends.num_steps - 1, 0))
         solver_state = self._recorder.with_recorded(ends.solver_state, at.solver_state)
         t0, t1 = at.starts.t0, at.starts.t1
@@ -277,7 +279,7 @@ class Walk:
         known, later, no = at[1:], (ends.y, ends.solver_state), jnp.array(False)
         found = verify.Found(t0, t1, rebuilt, known, later, no)
         differs = found.differs(undo.fns, None, all_finite(ends.y))
-        return differs & (ends.num_steps > 0) & ~self._record.marks.is_marked
+        return differs & (ends.num_steps > 0) & ~self._residuals.marks.is_marked
 
     def _compare(
         self,

@@ -29,11 +29,11 @@ from .check import check_time
 from .gradient import walk_back
 from .linear import AbstractLinear, apply
 from .problem import Derivative, Inputs, outputs, Parts, Problem, put
-from .record import Ends, Record
+from .residuals import Ends, Residuals
 
 
 def differentiate(
-    derivative: Derivative, inputs: Inputs, final_state, record: Record, tangents
+    derivative: Derivative, inputs: Inputs, final_state, residuals: Residuals, tangents
 ) -> PyTree:
     """The tangent of the final state, given that of `inputs`. `None` is zero."""
     if len(jtu.tree_leaves(tangents.unknown)) > 0:
@@ -50,7 +50,7 @@ def differentiate(
     # Empty, but batched as these are.
     shadows = {i: jnp.ravel(state_leaves[i])[:0] for i in given}
     is_root = derivative.at_steps.is_root(final_state.event_mask)
-    parts = Parts(inputs, Ends.of(final_state, record, is_root), record, shadows)
+    parts = Parts(inputs, Ends.of(final_state, residuals, is_root), residuals, shadows)
     arrays, static = eqx.partition(parts, eqx.is_array)
     arrays, treedef = jtu.tree_flatten(arrays)
     problem = Problem(derivative, static, treedef, len(arrays))

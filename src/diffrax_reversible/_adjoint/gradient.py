@@ -35,7 +35,7 @@ def walk_back(
     ones of the final state. It is differentiated with respect to those `varied`."""
     derivative = problem.derivative
     hoisted, segments = derivative.hoisted, derivative.segments
-    inputs, ends, record, _ = problem.unflatten(arrays)
+    inputs, ends, residuals, _ = problem.unflatten(arrays)
     init_state, times, consts, _ = inputs
     all_perturbed = set(perturbed)
     numbers = problem.numbers.inputs
@@ -73,7 +73,7 @@ def walk_back(
     )
     recompute = ft.partial(hoisted.call, "recompute", consts, times)
     backward = Walk(
-        segments, undo, init_state, ends, record, recompute, has_stored
+        segments, undo, init_state, ends, residuals, recompute, has_stored
     ).run()
     carry = backward.carry
     (grad_y0, grad_solver_state0, grad_times), grad_consts = check(

@@ -13,8 +13,8 @@ from .._compat import without_saving
 from .hoist import Hoister
 from .noise import Noise
 from .pullback import AbstractPullback, Step
-from .record import Recorder
 from .segments import Segments
+from .step_record import Recorder
 
 
 # The checkpoints that the memory of a solve without a bound is compared with; and what

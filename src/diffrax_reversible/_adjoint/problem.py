@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from .._compat import is_save_state
 from . import times as times_
 from .hoist import Hoisted
-from .record import Ends, Record
+from .residuals import Ends, Residuals
 from .segments import Segments
 
 
@@ -35,7 +35,7 @@ class Derivative(NamedTuple):
     sum_over_batch: bool | Literal["auto"]
     throw: bool
 
-    def run(self, inputs: Inputs, records: bool) -> tuple[Any, Record]:
+    def run(self, inputs: Inputs, records: bool) -> tuple[Any, Residuals]:
         """The solve: the final state, and if it `records` what is left for the way
         back."""
         init_state, times, consts, _ = inputs
@@ -47,7 +47,7 @@ class Parts(NamedTuple):
 
     inputs: Inputs
     ends: Ends
-    record: Record
+    residuals: Residuals
     # For each array of the final state, by number.
     shadows: dict[int, Any]
 
@@ -123,9 +123,9 @@ class Problem(NamedTuple):
         """Whether the elements of a batch, over these axes of the arrays, may make
         different steps, or save at different times."""
         dims = dims[len(dims) - self.size :]
-        inputs, ends, record, _ = self.numbers
-        steps = (ends.num_steps, ends.tprev, ends.saved, record.slots.numbers)
-        stored = record.slots.states
+        inputs, ends, residuals, _ = self.numbers
+        steps = (ends.num_steps, ends.tprev, ends.saved, residuals.slots.numbers)
+        stored = residuals.slots.states
         steps = (steps, stored.tprev, stored.tnext, inputs.times.saved)
         return any(dims[i] is not None for i in jtu.tree_leaves(steps))
 

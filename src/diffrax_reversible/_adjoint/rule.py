@@ -20,7 +20,7 @@ from .hoist import Hoister
 from .plan import add_functions, made_jump_example, make_segments
 from .problem import Derivative, Inputs
 from .pullback import Step
-from .record import Record
+from .residuals import Residuals
 
 
 inner_loop = jax.named_call(eqxi.while_loop, name="inner-loop")
@@ -111,7 +111,7 @@ def outer_while_loop(
 
     def run(init_state, times, records):
         body = _located(times, body_fun)
-        final_state, record = segments.run(
+        final_state, residuals = segments.run(
             cond_fun,
             body,
             init_state,
@@ -119,7 +119,7 @@ def outer_while_loop(
             buffers=buffers,
             records=records,
         )
-        return _located_at_end(times, final_state), record
+        return _located_at_end(times, final_state), residuals
 
     if pullback.undoes:
         verify.add_functions(hoister, solver, terms, args, step)
@@ -141,9 +141,9 @@ def outer_while_loop(
         throw,
     )
     inputs = Inputs(init_state, times, without_tangents(consts), unknown)
-    final_state, record = _loop(inputs, derivative=derivative, records=False)
+    final_state, residuals = _loop(inputs, derivative=derivative, records=False)
     # Handed to `loop` past the host, which calls this.
-    num_wanted.append(record.num_wanted)
+    num_wanted.append(residuals.num_wanted)
     solver_state = pullback.stop_recorded(final_state.y, final_state.solver_state)
     n = final_state.num_accepted_steps
     solver_state = pullback.finish(initial_solver_state, solver_state, n)
@@ -191,7 +191,7 @@ def _located_at_end(times: times_.Times, state):
 @eqx.filter_custom_jvp
 def _loop(
     inputs: Inputs, *, derivative: Derivative, records: bool
-) -> tuple[Any, Record]:
+) -> tuple[Any, Residuals]:
     return derivative.run(inputs, records)
 
 
@@ -200,6 +200,9 @@ def _loop_jvp(primals, tangents, *, derivative: Derivative, records: bool):
     del records
     (inputs,), (t_inputs,) = primals, tangents
     # (By itself, so that it can be differentiated again.)
-    final_state, record = _loop(inputs, derivative=derivative, records=True)
-    t_final_state = differentiate(derivative, inputs, final_state, record, t_inputs)
-    return (final_state, record), (t_final_state, jtu.tree_map(lambda _: None, record))
+    final_state, residuals = _loop(inputs, derivative=derivative, records=True)
+    t_final_state = differentiate(derivative, inputs, final_state, residuals, t_inputs)
+    return (final_state, residuals), (
+        t_final_state,
+        jtu.tree_map(lambda _: None, residuals),
+    )

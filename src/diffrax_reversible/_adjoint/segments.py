@@ -22,8 +22,9 @@ from .hoist import Hoister
 from .index import div, put, rem, take, take_all
 from .noise import Noise, Value
 from .pullback import AbstractPullback
-from .record import Marks, Record, Recorder, Starts
+from .residuals import Residuals
 from .slots import Keeping, Slots
+from .step_record import Marks, Recorder, Starts
 from .vmap import tree_where_active
 
 
@@ -228,7 +229,7 @@ class Segments:
         records: Any,
     ):
         """The host's loop; without storing anything unless `records`. Returns the
-        host's final state, and the record."""
+        host's final state, and the residuals."""
         recorder = self.recorder
 
         def unfinished(state):
@@ -282,7 +283,9 @@ class Segments:
             # (These are of the size of `y`.)
             marks = marks._replace(held=[])
         slots = keeping.slots
-        return state, Record(steps, marks, slots, num_wanted, made.t_last, made.starts)
+        return state, Residuals(
+            steps, marks, slots, num_wanted, made.t_last, made.starts
+        )
 
     def _recompute(
         self,

@@ -17,7 +17,7 @@ from .functions import Functions
 from .hoist import materialise
 from .index import rem, take
 from .pullback import AbstractPullback, Rebuilt, Start, Step
-from .record import Ends
+from .residuals import Ends
 from .vmap import tree_where_active, where_active
 
 

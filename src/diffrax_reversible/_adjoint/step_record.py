@@ -1,5 +1,5 @@
-"""What is left of a solve for the backward pass; and what is recorded of its steps, so
-that they can be undone.
+"""The record of steps, so that they can be undone: where they start and end, what the
+solver asks to be recorded, and which of them cannot be undone.
 
 Steps are undone, or recomputed, by *segments*. A segment that holds a step which cannot
 be undone, or not without a loss of digits, is marked: it is recomputed.
@@ -14,14 +14,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import is_save_state
 from .._jax_compat import eqxi
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
 from .._method.tree import same_struct, statics, stop_gradient
 from .index import put, rem, take, take_all
-from .save import Saved
-from .slots import Slots
 from .vmap import together
 
 
@@ -43,7 +40,7 @@ class Starts(NamedTuple):
     increments: list[list[PyTree]]
 
 
-class Steps(NamedTuple):
+class StepRecord(NamedTuple):
     """Of the steps of a segment, along the last axis of `t1` and others; and of many
     segments, along a leading axis."""
 
@@ -96,54 +93,6 @@ class Uniform(NamedTuple):
 
 def _spacing(x: Array) -> Array:
     return eqxi.nextafter(jnp.abs(x)) - jnp.abs(x)
-
-
-class Record(NamedTuple):
-    """What is left of a solve for the backward pass."""
-
-    # Of the last segments, and what is left of the marks at the end. `None` if no step
-    # can be undone.
-    steps: Steps | None
-    marks: "Marks | None"
-    slots: Slots
-    # How many states were wanted.
-    num_wanted: Any
-    # The end of the last accepted step.
-    t_last: Array
-    # Of the last steps.
-    starts: Starts
-
-
-class Ends(NamedTuple):
-    """What is kept of the final state."""
-
-    y: PyTree
-    solver_state: PyTree
-    tprev: Array
-    num_steps: Array
-    # The end of the last accepted step.
-    t_last: Array
-    saved: list[Saved]
-    # `(None, None)` if there are no events.
-    event_times: tuple[Any, Any]
-    # Whether the solve has ended at a root, within the last step. `False` if it cannot.
-    is_root: Any
-
-    @classmethod
-    def of(cls, final_state, record: Record, is_root: Any) -> "Ends":
-        return cls(
-            final_state.y,
-            final_state.solver_state,
-            final_state.tprev,
-            final_state.num_accepted_steps,
-            record.t_last,
-            [
-                Saved(s.saveat_ts_index, s.save_index)
-                for s in jtu.tree_leaves(final_state.save_state, is_leaf=is_save_state)
-            ],
-            (final_state.event_tprev, final_state.event_tnext),
-            is_root,
-        )
 
 
 class Marks(NamedTuple):
@@ -200,14 +149,14 @@ class Recorder:
     # On the way forward
     #
 
-    def empty(self, init_state, length: int) -> Steps:
+    def empty(self, init_state, length: int) -> StepRecord:
         # (An element of a batch may read here though it never made a step.)
         shape = (self.num_rows, length)
         first = jnp.full(self.num_rows, init_state.tprev)
         times = ends = jnp.full(shape, init_state.tprev)
         if self.is_uniform:
             ends = Uniform(jnp.zeros_like(first), jnp.zeros(shape, jnp.int8))
-        return Steps(
+        return StepRecord(
             t_first=first,
             t1=ends,
             t0=times if self._has_jumps else None,
@@ -254,14 +203,14 @@ class Recorder:
             marks.num_wanted + jnp.where(is_wanted, 1, 0),
         )
 
-    def row(self, starts: Starts, solver_state: PyTree, is_marked: Array) -> Steps:
+    def row(self, starts: Starts, solver_state: PyTree, is_marked: Array) -> StepRecord:
         """Of a segment, from its steps."""
         static = statics(solver_state)
         t_first, t1 = starts.t_prev[0], starts.t1
         if self.is_uniform:
             t1 = Uniform.of(t_first, t1)
             is_marked = is_marked | t1.differs(t_first, starts.t1)
-        return Steps(
+        return StepRecord(
             t_first=t_first,
             t1=t1,
             t0=starts.t0 if self._has_jumps else None,
@@ -270,7 +219,9 @@ class Recorder:
             is_marked=is_marked,
         )
 
-    def write(self, steps: Steps, row: Steps, k: Array, pred: Any) -> Steps:
+    def write(
+        self, steps: StepRecord, row: StepRecord, k: Array, pred: Any
+    ) -> StepRecord:
         """The `k`th segment, if `pred`."""
         return put(steps, rem(k, self.num_rows), row, pred)
 
@@ -278,18 +229,18 @@ class Recorder:
     # On the backward pass
     #
 
-    def is_marked(self, steps: Steps, k: Array, marks: Marks) -> Array:
+    def is_marked(self, steps: StepRecord, k: Array, marks: Marks) -> Array:
         """Whether the `k`th segment is to be recomputed; as it is too if there is no
         record of it any more."""
         is_lost = k < marks.num_recorded - self.num_rows
         return is_lost | take(steps.is_marked, rem(k, self.num_rows))
 
     def load(
-        self, steps: Steps, starts: Starts, order: Array, k: Array, pred: Array
+        self, steps: StepRecord, starts: Starts, order: Array, k: Array, pred: Array
     ) -> Starts:
         """If `pred`, the steps of the `k`th segment, without their states. `order` are
         the numbers of the steps within that segment, in the places of `starts`."""
-        row: Steps = take(steps, rem(k, self.num_rows))
+        row: StepRecord = take(steps, rem(k, self.num_rows))
         t1 = row.t1.ends(row.t_first) if self.is_uniform else row.t1
         t_prev = jnp.concatenate([row.t_first[None], t1[:-1]])
         t0 = row.t0 if self._has_jumps else t_prev
