@@ -40,7 +40,8 @@ begin with `plan`, and read `slots`, `segments` and `backward`.)
   it.
 - `coupling_pullback`: the same for solvers made of couplings, in half of the time.
 - `recomputed`: the same for a step that cannot be undone.
-- `undo`: a step, and what was saved in it.
+- `adjoint_step`: a step, and what was saved in it, with all that the backward pass
+  carries from step to step.
 - `save`, `times`: the gradients of saved values; and of times.
 - `verify`, `check`: what was rebuilt against what was stored; and what is an error.
 - `batch`, `vmap`, `guard`: gradients that are summed over a batch, and other

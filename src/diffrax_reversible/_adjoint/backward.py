@@ -7,8 +7,8 @@
 2. What has been rebuilt in the turn before is compared with what is known now
    (`verify.py`). If they differ, the backward pass begins anew, and recomputes every
    segment.
-3. The gradient is pulled back through each step (`undo.py`): at its start if that is
-   known, and else at what it is undone to.
+3. The gradient is pulled back through each step (`adjoint_step.py`): at its start if
+   that is known, and else at what it is undone to.
 
 All elements of a batch go through their segments together, each through its own; so
 none waits for another.
@@ -26,6 +26,7 @@ from .._jax_compat import eqxi
 from .._method.controlled import precision
 from .._method.tree import arrays, tree_where
 from . import verify as verify
+from .adjoint_step import AdjointStep, Carry
 from .check import all_finite
 from .index import div, put, take
 from .pullback import Start, Step
@@ -33,7 +34,6 @@ from .residuals import Ends, Residuals
 from .segments import Segments, Stored
 from .slots import Slots
 from .step_record import Starts
-from .undo import Carry, Undo
 from .vmap import tree_where_active
 
 
@@ -94,7 +94,7 @@ class Walk:
     def __init__(
         self,
         segments: Segments,
-        undo: Undo,
+        adjoint_step: AdjointStep,
         init_state,
         ends: Ends,
         residuals: Residuals,
@@ -102,7 +102,7 @@ class Walk:
         has_stored: bool,
     ):
         self._segments = segments
-        self._undo = undo
+        self._adjoint_step = adjoint_step
         self._init_state = init_state
         self._ends = ends
         self._residuals = residuals
@@ -128,7 +128,7 @@ class Walk:
             noise = jnp.zeros((), precision(y).dtype)
             is_whole = eqxi.unvmap_any(self._last_differs(starts))
             check = Check(ends.num_steps, ~no, noise, no, is_whole)
-        carry = self._undo.start(y, solver_state)
+        carry = self._adjoint_step.start(y, solver_state)
         backward = Backward(carry, slots, starts, no, check)
         return lax.while_loop(self._goes_on, self._turn, backward)
 
@@ -219,7 +219,7 @@ class Walk:
             has_failed=no,
             is_whole=~no,
         )
-        return self._undo.start(ends.y, ends.solver_state), check
+        return self._adjoint_step.start(ends.y, ends.solver_state), check
 
     def _recompute(
         self, n: Array, pred: Any, slots: Slots, top: Stored, starts: Starts
@@ -267,18 +267,18 @@ class Walk:
         """Whether the last step is undone to something else than its start, which is
         known. (That is one step: where others are compared it may be an even number of
         them, and what goes wrong in each may be right again.)"""
-        undo, ends = self._undo, self._ends
+        adjoint_step, ends = self._adjoint_step, self._ends
         assert self._recorder is not None and self._residuals.marks is not None
         at = self._at(starts, jnp.maximum(ends.num_steps - 1, 0))
         solver_state = self._recorder.with_recorded(ends.solver_state, at.solver_state)
         t0, t1 = at.starts.t0, at.starts.t1
         step = Step(t0, t1, ends.y, solver_state, at.made_jump)
-        rebuilt = undo.pullback.undone(undo.fns, step)
+        rebuilt = adjoint_step.pullback.undone(adjoint_step.fns, step)
         if rebuilt is None:
             return jnp.array(False)
         known, later, no = at[1:], (ends.y, ends.solver_state), jnp.array(False)
         found = verify.Found(t0, t1, rebuilt, known, later, no)
-        differs = found.differs(undo.fns, None, all_finite(ends.y))
+        differs = found.differs(adjoint_step.fns, None, all_finite(ends.y))
         return differs & (ends.num_steps > 0) & ~self._residuals.marks.is_marked
 
     def _compare(
@@ -290,7 +290,7 @@ class Walk:
         step_after: Starts,
     ) -> tuple[Carry, Check]:
         """Compares the state at hand with what it is known to be, and takes that."""
-        undo, n = self._undo, carry.num_steps
+        adjoint_step, n = self._adjoint_step, carry.num_steps
         checks = check.is_rebuilt(carry) & is_known
 
         def compare():
@@ -304,7 +304,7 @@ class Walk:
                 n > 0,
             )
             return verify.differs(
-                undo.fns,
+                adjoint_step.fns,
                 found,
                 carry.grad_y1,
                 carry.grad_consts,
@@ -324,7 +324,7 @@ class Walk:
         carry = carry._replace(y1=y1, solver_state=solver_state, y_seen=y_seen)
         if carry.pullback is not None:
             primes = eqxi.unvmap_any((n > 0) & ~check.is_primed)
-            carry = lax.cond(primes, undo.prime, lambda carry: carry, carry)
+            carry = lax.cond(primes, adjoint_step.prime, lambda carry: carry, carry)
         check = check._replace(
             since=jnp.where(is_known, n, check.since),
             noise=noise,
@@ -348,14 +348,14 @@ class Walk:
     ) -> Carry:
         """Through one step, of those that are there. Their states are too, if
         `is_known`; otherwise that at the start of the step numbered `lands_at` is."""
-        n, undo = carry.num_steps, self._undo
+        n, adjoint_step = carry.num_steps, self._adjoint_step
         active = n > limit
         # An element of a batch that is done is pulled back through its last step again.
         number = jnp.minimum(jnp.where(active, n - 1, n), last)
         at, initial = self._at(starts, number), self._init_state.solver_state
         y = at.y
         state = self._segments.pullback.of_step(at.solver_state, initial, number == 0)
-        t0, t1 = undo.located(number, at.starts.t0, at.starts.t1)
+        t0, t1 = adjoint_step.located(number, at.starts.t0, at.starts.t1)
         recorder, solver_state = self._segments.recorder, carry.solver_state
         if recorder is not None:
             solver_state = recorder.with_recorded(solver_state, at.solver_state)
@@ -374,7 +374,7 @@ class Walk:
             is_rebuilt = eqxi.unvmap_any(active & ~is_known)
             knows = is_known | ~active | (number == lands_at)
             start = Start(knows, is_rebuilt, y, state, increments)
-        carry = undo.pull(carry, number, at.starts.t_prev, step, start, active)
+        carry = adjoint_step.pull(carry, number, at.starts.t_prev, step, start, active)
         if recorder is not None:
             # (What a step is undone to is asked for, even where its start is known.)
             rebuilt = (carry.y1, carry.solver_state)

@@ -12,13 +12,13 @@ from jaxtyping import Array, PyTree
 
 from .._compat import is_save_state
 from .._method.tree import replace
+from .adjoint_step import AdjointStep
 from .backward import Walk
 from .batch import Batch, Level, make_batch
 from .check import check
 from .functions import Functions
 from .linear import Marked
 from .problem import Derivative, Inputs, Problem, put
-from .undo import Undo
 
 
 def walk_back(
@@ -61,7 +61,7 @@ def walk_back(
     pullback = segments.pullback.choose(fns, is_perturbed.init_state.solver_state)
     if derivative.sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
         fns = fns._replace(batch=Batch((), consts))
-    undo = Undo(
+    adjoint_step = AdjointStep(
         fns=fns,
         pullback=pullback,
         ends=ends,
@@ -73,7 +73,7 @@ def walk_back(
     )
     recompute = ft.partial(hoisted.call, "recompute", consts, times)
     backward = Walk(
-        segments, undo, init_state, ends, residuals, recompute, has_stored
+        segments, adjoint_step, init_state, ends, residuals, recompute, has_stored
     ).run()
     carry = backward.carry
     (grad_y0, grad_solver_state0, grad_times), grad_consts = check(
@@ -81,7 +81,7 @@ def walk_back(
         fns.sum_consts(carry.grad_consts),
         grad_final_state,
         ends.y,
-        undo.event_is_lost(),
+        adjoint_step.event_is_lost(),
         backward.is_lost,
         derivative.throw,
         fns.batch,

@@ -202,7 +202,5 @@ def _loop_jvp(primals, tangents, *, derivative: Derivative, records: bool):
     # (By itself, so that it can be differentiated again.)
     final_state, residuals = _loop(inputs, derivative=derivative, records=True)
     t_final_state = differentiate(derivative, inputs, final_state, residuals, t_inputs)
-    return (final_state, residuals), (
-        t_final_state,
-        jtu.tree_map(lambda _: None, residuals),
-    )
+    t_residuals = jtu.tree_map(lambda _: None, residuals)
+    return (final_state, residuals), (t_final_state, t_residuals)

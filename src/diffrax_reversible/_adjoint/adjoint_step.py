@@ -1,5 +1,5 @@
-"""Undoing one step of a solve, and pulling a gradient back through it and through what
-was saved during it."""
+"""One step of the backward pass: a step of the solve is undone, and the gradient is
+pulled back through it and through what was saved during it."""
 
 import functools as ft
 from typing import Any, NamedTuple
@@ -47,7 +47,9 @@ class Carry(NamedTuple):
     loses_time: Array | None
 
 
-class Undo:
+class AdjointStep:
+    """One step of the backward pass (`pull`), and what that begins with (`start`)."""
+
     def __init__(
         self,
         *,
