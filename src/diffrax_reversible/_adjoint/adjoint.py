@@ -16,7 +16,7 @@ from .._compat import (
 from .._registry import as_reversible
 from .noise import Noise
 from .recomputed import make_recomputed
-from .rule import inner_loop, outer_while_loop, with_arrays
+from .rule import inner_loop, outer_while_loop, Solve, with_arrays
 
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
@@ -212,7 +212,6 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             )
         reversible, recomputed = as_reversible(solver), None
         noise = Noise(terms)
-        terms = noise.terms
         if reversible is None:
             subs = jtu.tree_leaves(saveat.subs, is_leaf=is_sub_save_at)
             has_times = any(sub.ts is not None for sub in subs)
@@ -221,48 +220,37 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             solver = recomputed.solver
         else:
             solver = reversible
-        init_state = with_arrays(init_state)
-        num_wanted = []
-        bare_loop = ft.partial(
-            loop_without_saving,
+        kwargs |= dict(
             args=args,
-            terms=terms,
+            terms=noise.terms,
             solver=solver,
             stepsize_controller=stepsize_controller,
             t1=t1,
-            init_state=init_state,
-            **kwargs,
+            init_state=with_arrays(init_state),
         )
-        outer = ft.partial(
-            outer_while_loop,
+        solve = Solve(
             args=args,
-            terms=terms,
+            terms=noise.terms,
             solver=solver,
             stepsize_controller=stepsize_controller,
             saveat=saveat,
             event=event,
             t1=t1,
-            bare_loop=bare_loop,
-            checkpoints=self.checkpoints,
-            checkpoint_every=self.checkpoint_every,
-            sum_over_batch=self.sum_over_batch,
             throw=throw,
-            num_wanted=num_wanted,
             noise=noise,
+            adjoint=self,
             recomputed=recomputed,
+            bare_loop=ft.partial(loop_without_saving, **kwargs),
         )
+        num_wanted: list[Any] = []
         final_state, stats = host_loop(
-            args=args,
-            terms=terms,
-            solver=solver,
-            stepsize_controller=stepsize_controller,
             saveat=saveat,
             event=event,
-            t1=t1,
-            init_state=init_state,
             progress_meter=progress_meter,
             inner_while_loop=ft.partial(inner_loop, kind="lax"),
-            outer_while_loop=outer,
+            outer_while_loop=ft.partial(
+                outer_while_loop, solve=solve, num_wanted=num_wanted
+            ),
             **kwargs,
         )
         [n] = num_wanted
