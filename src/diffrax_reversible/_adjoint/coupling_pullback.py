@@ -17,8 +17,16 @@ from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
 from .._method.explicit_rk import Checkpointed
 from .._method.tree import stop_gradient, tree_add
-from .functions import of_dtype
-from .pullback import AbstractPullback, add_step, GenericPullback, Grads, Rebuilt, Start
+from .functions import Functions, of_dtype
+from .pullback import (
+    AbstractPullback,
+    add_step,
+    GenericPullback,
+    Grads,
+    Rebuilt,
+    Start,
+    Step,
+)
 
 
 # A scale with which what is lost of a register, in one step, is more than rounding.
@@ -80,7 +88,7 @@ class CouplingPullback(AbstractPullback):
                 read.append(k)
         return max(read, default=0)
 
-    def _known(self, fns, start: Start, fixed, arguments: Callable) -> list[tuple]:
+    def _known(self, shared: "_Shared", start: Start) -> list[tuple]:
         """The registers before each coupling, from the start of the step: as far as
         what is found from its end might be on the other side of a kink, or is lost."""
         registers0, value, *_ = self.solver.split(start.y, start.solver_state)
@@ -92,9 +100,8 @@ class CouplingPullback(AbstractPullback):
                 coupling, shift = self.couplings[k], None
                 if coupling.shift is not None:
                     value_k = value if self._has_value(k) else None
-                    constant, varying = arguments(coupling.others(registers), value_k)
-                    shift, _ = fns.call(f"shift_{k}", *constant, *varying)
-                scale, _ = self._scale(fns, k, fixed)
+                    shift = shared.shift(k, coupling.others(registers), value_k)
+                scale, _ = self._scale(shared, k)
                 coupling.apply(registers, scale, shift)
                 out.append(tuple(registers))
             return out
@@ -177,9 +184,9 @@ class CouplingPullback(AbstractPullback):
             return self.fallback
         return self
 
-    def _scale(self, fns, k, fixed):
+    def _scale(self, shared: "_Shared", k: int):
         """The scale, and a function that takes its gradient to the constants."""
-        coupling = self.couplings[k]
+        coupling, fns, fixed = self.couplings[k], shared.fns, shared.fixed
         if not callable(coupling.scale):
             return coupling.scale, None
         if coupling.register in self.solver.constants:
@@ -206,145 +213,169 @@ class CouplingPullback(AbstractPullback):
 
     def rebuild(self, fns, carry, step, start, want_dense_info):
         solver = self.solver
-        registers1, value1, fixed, memo = solver.arrange(step.y1, step.solver_state)
-        constant, varying_times = fns.split_times((fixed,), (step.t0, step.t1))
-        control, pull_control = fns.vjp("control", constant, varying_times)
-        control_varies = fns.times_vary or fns.depends("control")
-        if control_varies:
-            varying = (*varying_times, control)
-        else:
-            constant, varying = (*constant, control), varying_times
-
-        registers = solver._unpermute(registers1)
-        value0 = residuals0 = with_residuals = None
-        undone: list[Any] = [None] * len(self.couplings)
-        arguments = lambda others, value: (constant, (*varying, others, value))
-        known = self._known(fns, start, fixed, arguments)
-        for k in reversed(range(len(self.couplings))):
-            coupling = self.couplings[k]
-            others = coupling.others(registers)
-            if k < len(known):
-                others = start.select(coupling.others(known[k]), others)
-            value = value1 if self._has_value(k) else None
-            if self._has_value(k) and k == 0:
-                value0, residuals0, with_residuals = fns.linearise(
-                    "evaluate", *self._evaluate_arguments(fns, step.t0, others)
-                )
-                # At the start of the solve, it need not be what is found here.
-                kept = solver.split(start.y, start.solver_state).value
-                value = value0 = start.select(kept, value0)
-            is_needed: Any = True
-            if k > self._first_shift and self._rebuilds_by_constants:
-                is_needed = start.is_rebuilt | want_dense_info
-            undone[k] = self._undo(
-                fns,
-                k,
-                registers,
-                fixed,
-                arguments(others, value),
-                want_dense_info,
-                is_needed,
-            )
-            if k < len(known):
-                unscaled = start.select(known[k][coupling.register], undone[k].unscaled)
-                undone[k] = undone[k]._replace(unscaled=unscaled)
-        registers0 = tuple(registers)
-        if solver.has_evaluate:
+        end = solver.arrange(step.y1, step.solver_state)
+        shared = _Shared.of(fns, step, end.fixed)
+        undone, registers0, evaluated = self._undo_all(
+            shared, step, start, end, want_dense_info
+        )
+        value0, next_carry, pull_value1 = None, carry, None
+        if evaluated is not None:
+            value0, next_carry = evaluated.value, evaluated.residuals
             # All linearisations of `evaluate` differ only in their residuals.
-            assert with_residuals is not None
-            next_carry, pull_value1 = residuals0, with_residuals(carry)
-        else:
-            next_carry, pull_value1 = carry, None
-        rebuilt = solver.merge(Registers(registers0, value0, fixed, memo))
-
+            pull_value1 = evaluated.with_residuals(carry)
+        rebuilt = solver.merge(Registers(registers0, value0, end.fixed, end.memo))
+        dense_info = pull_finish = None
         if want_dense_info:
-            infos = tuple(x.info for x in undone)
             registers0 = solver.split(*start.choose(*rebuilt)).registers
+            infos = tuple(x.info for x in undone)
             (_, dense_info), pull_finish = fns.vjp(
-                "finish", (), (registers0, registers1, infos)
+                "finish", (), (registers0, end.registers, infos)
             )
-        else:
-            dense_info = pull_finish = None
 
         def pull(grad_y1, grad_solver_state1, grad_dense_info):
-            grad_registers1, grad_value1, grad_fixed, grad_memo = solver.arrange(
-                grad_y1, grad_solver_state1
-            )
-            total = _Total(fns.times_vary, control_varies)
-            grad_value0 = grad_finish0 = None
-            grad_infos: tuple = (None,) * len(self.couplings)
+            grad_end = solver.arrange(grad_y1, grad_solver_state1)
+            grad_registers1 = grad_end.registers
+            total = _Total(shared)
+            grad_registers0, grad_infos = None, (None,) * len(self.couplings)
             if grad_dense_info is not None:
                 assert pull_finish is not None
-                new, (grad_finish0, grad_finish1, grad_infos) = pull_finish(
+                new, (grad_registers0, grad_finish1, grad_infos) = pull_finish(
                     (None, grad_dense_info)
                 )
                 total.add_consts(new)
                 grad_registers1 = tree_add(grad_registers1, grad_finish1)
-
             grads = self._drop_constants(solver._unpermute(grad_registers1))
-            for k in reversed(range(len(self.couplings))):
-                grad_value = self._pull(k, undone[k], grads, grad_infos[k], total)
-                if self._has_value(k) and k == 0:
-                    grad_value0 = grad_value
-                elif self._has_value(k):
-                    assert pull_value1 is not None
-                    new, (*grad_t1, grad_others) = pull_value1(
-                        tree_add(grad_value1, grad_value)
-                    )
-                    total.add_consts(new)
-                    total.add_times((None, *grad_t1))
-                    self.couplings[k].add_others(grads, grad_others)
-            if control_varies:
-                new, grad_times = pull_control(total.control)
-                total.add_consts(new)
-                total.add_times(grad_times)
-            if grad_finish0 is not None:
-                grads = [tree_add(g, h) for g, h in zip(grads, grad_finish0)]
+            grad_value0 = self._pull_all(
+                undone, grads, grad_infos, grad_end.value, pull_value1, total
+            )
+            total.pull_control()
+            if grad_registers0 is not None:
+                grads = [tree_add(g, h) for g, h in zip(grads, grad_registers0)]
             for i in solver.constants:
                 grads[i] = jtu.tree_map(
                     jnp.zeros_like, eqx.filter(registers0[i], eqx.is_inexact_array)
                 )
             grad_y0, grad_solver_state0 = solver.merge(
-                Registers(tuple(grads), grad_value0, grad_fixed, grad_memo)
+                grad_end._replace(registers=tuple(grads), value=grad_value0)
             )
             grads0 = Grads(total.consts, grad_y0, grad_solver_state0, *total.times)
             return grads0, next_carry
 
         return Rebuilt(*rebuilt, dense_info, pull)
 
+    #
+    # The couplings of a step, from the last to the first
+    #
+
+    def _undo_all(
+        self,
+        shared: "_Shared",
+        step: Step,
+        start: Start,
+        end: Registers,
+        want_dense_info: bool,
+    ) -> tuple[list["_Undone"], tuple[PyTree, ...], "_Evaluated | None"]:
+        """Undoes a step. Returns also the registers at its start, and what is evaluated
+        there, if anything."""
+        registers = self.solver._unpermute(end.registers)
+        undone: list[Any] = [None] * len(self.couplings)
+        evaluated = None
+        known = self._known(shared, start)
+        for k in reversed(range(len(self.couplings))):
+            coupling = self.couplings[k]
+            others = coupling.others(registers)
+            if k < len(known):
+                others = start.select(coupling.others(known[k]), others)
+            value = end.value if self._has_value(k) else None
+            if self._has_value(k) and k == 0:
+                evaluated = self._evaluate(shared.fns, step.t0, others, start)
+                value = evaluated.value
+            # (Nothing that is differentiated depends on others, at a known start.)
+            is_asked = True
+            if k > self._first_shift and self._rebuilds_by_constants:
+                is_asked = start.is_rebuilt
+            undone[k] = self._undo(
+                shared, k, registers, others, value, want_dense_info, is_asked
+            )
+            if k < len(known):
+                unscaled = start.select(known[k][coupling.register], undone[k].unscaled)
+                undone[k] = undone[k]._replace(unscaled=unscaled)
+        return undone, tuple(registers), evaluated
+
+    def _evaluate(self, fns, t0, others, start: Start) -> "_Evaluated":
+        """`evaluate` at the start of a step."""
+        arguments = self._evaluate_arguments(fns, t0, others)
+        value, residuals, with_residuals = fns.linearise("evaluate", *arguments)
+        # At the start of the solve, it need not be what is found here.
+        kept = self.solver.split(start.y, start.solver_state).value
+        return _Evaluated(start.select(kept, value), residuals, with_residuals)
+
     def _undo(
-        self, fns, k, registers, fixed, arguments, want_dense_info, is_needed
+        self,
+        shared: "_Shared",
+        k: int,
+        registers: list[PyTree],
+        others: tuple[PyTree, ...],
+        value: PyTree,
+        want_dense_info: bool,
+        is_asked: Any,
     ) -> "_Undone":
-        """Undoes a coupling, in place."""
+        """Undoes a coupling, in place. Anything will do if it is a constant, and what
+        it is undone to is not asked for."""
         coupling = self.couplings[k]
         shift, info, pull = None, {}, None
-        constant, varying = arguments
         if coupling.shift is not None:
             if self.solver.is_constant(coupling) and not want_dense_info:
+                call = lambda: shared.shift(k, others, value)
                 # (A branch even so is not free.)
-                call = lambda: fns.call(f"shift_{k}", *constant, *varying)[0]
-                shift = call() if is_needed is True else _if(is_needed, call)
+                shift = call() if is_asked is True else _if(is_asked, call)
             else:
-                (shift, info), pull = fns.vjp(f"shift_{k}", constant, varying)
-        scale, pull_scale = self._scale(fns, k, fixed)
+                (shift, info), pull = shared.vjp_shift(k, others, value)
+        scale, pull_scale = self._scale(shared, k)
         coupling.undo(registers, scale, shift)
         unscaled = registers[coupling.register]
         return _Undone(shift, info, pull, scale, pull_scale, unscaled)
 
-    def _pull(self, k, undone: "_Undone", grads, grad_info, total: "_Total") -> Any:
+    def _pull_all(
+        self,
+        undone: list["_Undone"],
+        grads: list[PyTree],
+        grad_infos: tuple,
+        grad_value1: PyTree,
+        pull_value1: Callable | None,
+        total: "_Total",
+    ) -> PyTree:
+        """Pulls the gradients of the registers back through a step, in place. Returns
+        that of the value at its start."""
+        grad_value0 = None
+        for k in reversed(range(len(self.couplings))):
+            grad_value = self._pull(k, undone[k], grads, grad_infos[k], total)
+            if self._has_value(k) and k == 0:
+                grad_value0 = grad_value
+            elif self._has_value(k):
+                assert pull_value1 is not None
+                new, (*grad_t1, grad_others) = pull_value1(
+                    tree_add(grad_value1, grad_value)
+                )
+                total.add_consts(new)
+                total.add_times((None, *grad_t1))
+                self.couplings[k].add_others(grads, grad_others)
+        return grad_value0
+
+    def _pull(
+        self, k: int, undone: "_Undone", grads: list, grad_info, total: "_Total"
+    ) -> PyTree:
         """Pulls gradients back through a coupling, in place. Returns that of the value
         which it shares with the next step."""
         coupling = self.couplings[k]
         grad_others = grad_value = None
         if undone.pull is not None:
             grad_shift = of_dtype(coupling.grad_shift(grads), undone.shift)
-            new, (*grad_rest, grad_others, grad_value) = undone.pull(
+            new, (*grad_shared, grad_others, grad_value) = undone.pull(
                 (grad_shift, grad_info)
             )
             total.add_consts(new)
-            if total.control_varies:
-                total.control = tree_add(total.control, grad_rest.pop())
-            total.add_times(tuple(grad_rest))
+            total.add_shared(grad_shared)
         if undone.pull_scale is not None:
             _, pull_product = jax.vjp(
                 lambda s: jtu.tree_map(lambda x: s * x, undone.unscaled), undone.scale
@@ -365,6 +396,45 @@ def _if(pred, call: Callable) -> PyTree:
     return lax.cond(pred, call, zeros)
 
 
+class _Shared(NamedTuple):
+    """What all couplings of a step are given."""
+
+    fns: Functions
+    fixed: PyTree
+    # The first arguments of shifts: the constant ones, and the others.
+    constant: tuple
+    varying: tuple
+    # `None` if the control is among the constant ones.
+    pull_control: Callable | None
+
+    @classmethod
+    def of(cls, fns: Functions, step: Step, fixed: PyTree) -> "_Shared":
+        constant, times = fns.split_times((fixed,), (step.t0, step.t1))
+        control, pull = fns.vjp("control", constant, times)
+        if fns.times_vary or fns.depends("control"):
+            return cls(fns, fixed, constant, (*times, control), pull)
+        return cls(fns, fixed, (*constant, control), times, None)
+
+    def shift(self, k: int, others: tuple[PyTree, ...], value: PyTree) -> PyTree:
+        arguments = (*self.constant, *self.varying, others, value)
+        shift, _ = self.fns.call(f"shift_{k}", *arguments)
+        return shift
+
+    def vjp_shift(self, k: int, others: tuple[PyTree, ...], value: PyTree):
+        """Of the shift and what it tells `finish`."""
+        varying = (*self.varying, others, value)
+        return self.fns.vjp(f"shift_{k}", self.constant, varying)
+
+
+class _Evaluated(NamedTuple):
+    """`evaluate` at the start of a step, and its linearisation."""
+
+    value: PyTree
+    residuals: PyTree
+    # With those of any step.
+    with_residuals: Callable
+
+
 class _Undone(NamedTuple):
     """A coupling that has been undone, and what its pullback needs."""
 
@@ -381,11 +451,11 @@ class _Undone(NamedTuple):
 class _Total:
     """The gradients of what all couplings of a step share, so far."""
 
-    def __init__(self, times_vary: bool, control_varies: bool):
-        self.times_vary = times_vary
-        self.control_varies = control_varies
+    def __init__(self, shared: _Shared):
+        self._times_vary = shared.fns.times_vary
+        self._pull_control = shared.pull_control
+        self._control: PyTree = None
         self.consts: dict[int, Any] = {}
-        self.control: PyTree = None
         self.times: tuple = (None, None)
 
     def add_consts(self, new: dict[int, Any]) -> None:
@@ -393,8 +463,22 @@ class _Total:
             self.consts[i] = tree_add(self.consts.get(i), g)
 
     def add_times(self, new: tuple) -> None:
-        if self.times_vary:
+        if self._times_vary:
             self.times = tree_add(self.times, new)
+
+    def add_shared(self, new: list[PyTree]) -> None:
+        """Those of `_Shared.varying`."""
+        if self._pull_control is not None:
+            *new, control = new
+            self._control = tree_add(self._control, control)
+        self.add_times(tuple(new))
+
+    def pull_control(self) -> None:
+        """To be called when there is no more to come."""
+        if self._pull_control is not None:
+            new, grad_times = self._pull_control(self._control)
+            self.add_consts(new)
+            self.add_times(grad_times)
 
 
 def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):
