@@ -81,6 +81,35 @@ class _At(NamedTuple):
         return False if self.starts.made_jump is None else self.starts.made_jump
 
 
+class _Segment(NamedTuple):
+    """The steps that are pulled back in one turn."""
+
+    # The numbers of the first and the last of them.
+    first: Array
+    last: Array
+    starts: Starts
+    # Without those after the last step.
+    slots: Slots
+    # Whether the states in `starts` are known. If not, then only that at the start of
+    # the step with the second number.
+    is_known: Array
+    lands_at: Array
+    # Whether they have been recomputed in this turn, and the host's state after that.
+    is_new: Array
+    end: Any
+
+
+class _AtEnd(NamedTuple):
+    """What there was at the end of these steps before the turn: it is read before the
+    slots and the starts are written to, as these would be copied otherwise."""
+
+    # Whether the state there is stored, and that on top of the slots.
+    is_stored: Array
+    stored: Stored
+    # The step that starts there.
+    step_after: Starts
+
+
 class Walk:
     """The backward pass.
 
@@ -123,14 +152,17 @@ class Walk:
             n, top = ends.num_steps, self._initial
             end, starts, slots = self._recompute(n, True, slots, top, starts)
             y, solver_state = end.y, end.solver_state
-        no, check = jnp.array(False), None
+        check = None
         if self._recorder is not None:
-            noise = jnp.zeros((), precision(y).dtype)
-            is_whole = eqxi.unvmap_any(self._last_differs(starts))
-            check = Check(ends.num_steps, ~no, noise, no, is_whole)
+            check = self._new_check(eqxi.unvmap_any(self._last_differs(starts)))
         carry = self._adjoint_step.start(y, solver_state)
-        backward = Backward(carry, slots, starts, no, check)
+        backward = Backward(carry, slots, starts, jnp.array(False), check)
         return lax.while_loop(self._goes_on, self._turn, backward)
+
+    def _new_check(self, is_whole: Array) -> Check:
+        """At the end of the solve."""
+        no, noise = jnp.array(False), jnp.zeros((), precision(self._ends.y).dtype)
+        return Check(self._ends.num_steps, ~no, noise, no, is_whole)
 
     def _goes_on(self, backward: Backward) -> Array:
         carry, check = backward.carry, backward.check
@@ -146,80 +178,70 @@ class Walk:
     #
 
     def _turn(self, backward: Backward) -> Backward:
-        carry, slots, starts, is_wrong, check = backward
-        segments, ends = self._segments, self._ends
+        if backward.check is not None:
+            backward = self._begin_anew(backward, backward.check)
+        carry, slots, starts, is_lost, check = backward
+        n, at_end = carry.num_steps, None
         if check is not None:
-            # (Not of what is stored: a branch would copy it.)
-            again = check.has_failed
-            carry, check = lax.cond(again, self._again, lambda *old: old, carry, check)
-            none = jnp.zeros_like(slots.count)
-            slots = slots._replace(count=jnp.where(again, none, slots.count))
-            is_wrong = is_wrong & ~again
-        n = carry.num_steps
-        k = div(jnp.maximum(n - 1, 0), segments.length)
-        first = k * segments.length
-
-        is_stored, stored = slots.top() == n, slots.top_state(self._initial)
-        slots = slots.pop((slots.top() >= n) & (slots.count > 0))
-        top, start = slots.top_state(self._initial), slots.top()
-        # Whether the states of the next segment are there from the way forward; and
-        # whether they are known.
-        is_there, is_known = n == ends.num_steps, jnp.array(True)
-        step_after: Any = None
+            at_end = self._at_end(n, slots, starts)
+        segment = self._segment(n, slots, starts, check)
+        is_lost = is_lost | (segment.is_new & self._is_lost(segment, carry, check))
+        limit = segment.first
         if check is not None:
-            is_there = is_there & ~check.is_whole
-            is_known = check.is_whole | is_there | self._is_marked(k)
-            step_after = self._at(starts, n).starts
-            starts = self._load(starts, slots.top(), top, k, first, ~is_known)
-        recomputes = is_known & ~is_there & (n > 0)
-        end, starts, slots = self._recompute(n, recomputes, slots, top, starts)
-
-        lost = verify.is_lost(end.y, carry.y1)
-        if check is not None:
-            # (What has been rebuilt is compared more closely.)
-            lost = lost & ~check.is_rebuilt(carry)
-        lost = lost | verify.is_lost(end.tprev, carry.t_after)
-        # (The last steps that have been made are there, whichever segment they are of.)
-        limit = jnp.maximum(n - segments.length, jnp.where(is_there, 0, start))
-        if check is not None:
-            known = arrays((end.y, end.solver_state))
-            known = tree_where(is_stored, (stored.y, stored.solver_state), known)
-            known = eqx.combine(known, (self._static.y, self._static.solver_state))
-            has_known = is_stored | recomputes
-            carry, check = self._compare(carry, check, known, has_known, step_after)
-            limit = jnp.where(check.has_failed, n, first)
-
-        last, lands_at = jnp.maximum(n - 1, 0), slots.top()
+            assert at_end is not None
+            carry, check = self._compare(carry, check, segment, at_end)
+            limit = jnp.where(check.has_failed, n, limit)
         carry = lax.while_loop(
             lambda carry: eqxi.unvmap_any(carry.num_steps > limit),
-            lambda carry: self._pull(starts, carry, limit, last, is_known, lands_at),
+            lambda carry: self._pull(segment, carry, limit),
             carry,
         )
         if check is not None:
             num = n - carry.num_steps
             check = check._replace(
-                since=jnp.where(is_known, carry.num_steps, check.since),
+                since=jnp.where(segment.is_known, carry.num_steps, check.since),
                 is_primed=~eqxi.unvmap_any(num != eqxi.unvmap_max(num)),
             )
-        return Backward(carry, slots, starts, is_wrong | (lost & recomputes), check)
+        return Backward(carry, segment.slots, segment.starts, is_lost, check)
 
-    def _at(self, starts: Starts, number: Array) -> _At:
-        at: Starts = take(starts, self._segments.place(number))
-        static = (self._static.y, self._static.solver_state)
-        return _At(at, *eqx.combine((at.y, at.solver_state), static))
+    def _begin_anew(self, backward: Backward, check: Check) -> Backward:
+        """If it has failed: from the end, all of a batch."""
+        carry, slots, starts, is_lost, _ = backward
+        again, ends = check.has_failed, self._ends
 
-    def _again(self, carry: Carry, check: Check) -> tuple[Carry, Check]:
-        """From the end, all of a batch."""
-        del carry
-        no, ends = jnp.array(False), self._ends
-        check = Check(
-            since=ends.num_steps,
-            is_primed=jnp.ones_like(check.is_primed),
-            noise=jnp.zeros_like(check.noise),
-            has_failed=no,
-            is_whole=~no,
-        )
-        return self._adjoint_step.start(ends.y, ends.solver_state), check
+        def from_end(*old):
+            del old
+            carry = self._adjoint_step.start(ends.y, ends.solver_state)
+            return carry, self._new_check(jnp.array(True))
+
+        # (Not of what is stored: a branch would copy it.)
+        carry, check = lax.cond(again, from_end, lambda *old: old, carry, check)
+        none = jnp.zeros_like(slots.count)
+        slots = slots._replace(count=jnp.where(again, none, slots.count))
+        return Backward(carry, slots, starts, is_lost & ~again, check)
+
+    def _segment(
+        self, n: Array, slots: Slots, starts: Starts, check: Check | None
+    ) -> _Segment:
+        """The steps before that with the number `n`: as they are there, or recorded, or
+        recomputed."""
+        length, last = self._segments.length, jnp.maximum(n - 1, 0)
+        slots = slots.pop((slots.top() >= n) & (slots.count > 0))
+        top: Stored = slots.top_state(self._initial)
+        # Whether their states are there from the way forward.
+        is_there, is_known = n == self._ends.num_steps, jnp.array(True)
+        if check is None:
+            # The last ones that have been made, whichever segment they are of.
+            first = jnp.maximum(n - length, jnp.where(is_there, 0, slots.top()))
+        else:
+            k = div(last, length)
+            first = k * length
+            is_there = is_there & ~check.is_whole
+            is_known = check.is_whole | is_there | self._is_marked(k)
+            starts = self._load(starts, slots, top, k, first, ~is_known)
+        is_new = is_known & ~is_there & (n > 0)
+        end, starts, slots = self._recompute(n, is_new, slots, top, starts)
+        return _Segment(first, last, starts, slots, is_known, slots.top(), is_new, end)
 
     def _recompute(
         self, n: Array, pred: Any, slots: Slots, top: Stored, starts: Starts
@@ -234,6 +256,19 @@ class Walk:
         stop = jnp.where(pred, n, start)
         return self._recompute_fn(start, top, stop, slots, stride, starts)
 
+    def _is_lost(self, segment: _Segment, carry: Carry, check: Check | None) -> Array:
+        """Whether what has been recomputed does not end where it should."""
+        lost = verify.is_lost(segment.end.y, carry.y1)
+        if check is not None:
+            # (What has been rebuilt is compared more closely.)
+            lost = lost & ~check.is_rebuilt(carry)
+        return lost | verify.is_lost(segment.end.tprev, carry.t_after)
+
+    def _at(self, starts: Starts, number: Array) -> _At:
+        at: Starts = take(starts, self._segments.place(number))
+        static = (self._static.y, self._static.solver_state)
+        return _At(at, *eqx.combine((at.y, at.solver_state), static))
+
     #
     # What has been recorded, and what has been rebuilt
     #
@@ -247,21 +282,36 @@ class Walk:
     def _load(
         self,
         starts: Starts,
-        number: Array,
+        slots: Slots,
         top: Stored,
         k: Array,
         first: Array,
         pred: Array,
     ) -> Starts:
         """If `pred`, the steps of a segment, from the record; with the state at its
-        start, if that is the stored one on `top`, whose `number` that is."""
+        start, if that is the one on `top` of the `slots`."""
         assert self._recorder is not None and self._residuals.steps is not None
         order = self._segments.order(first)
         starts = self._recorder.load(self._residuals.steps, starts, order, k, pred)
-        place, here = self._segments.place(first), pred & (number == first)
+        place, here = self._segments.place(first), pred & (slots.top() == first)
         y = put(starts.y, place, top.y, here)
         solver_state = put(starts.solver_state, place, top.solver_state, here)
         return starts._replace(y=y, solver_state=solver_state)
+
+    def _at_end(self, n: Array, slots: Slots, starts: Starts) -> _AtEnd:
+        stored: Stored = slots.top_state(self._initial)
+        return _AtEnd(slots.top() == n, stored, self._at(starts, n).starts)
+
+    def _known(
+        self, segment: _Segment, at_end: _AtEnd
+    ) -> tuple[tuple[PyTree, PyTree], Array]:
+        """The state at the end of a segment, as it was stored or has been recomputed;
+        and whether it was."""
+        is_stored, stored, _ = at_end
+        known = arrays((segment.end.y, segment.end.solver_state))
+        known = tree_where(is_stored, (stored.y, stored.solver_state), known)
+        known = eqx.combine(known, (self._static.y, self._static.solver_state))
+        return known, is_stored | segment.is_new
 
     def _last_differs(self, starts: Starts) -> Array:
         """Whether the last step is undone to something else than its start, which is
@@ -282,21 +332,17 @@ class Walk:
         return differs & (ends.num_steps > 0) & ~self._residuals.marks.is_marked
 
     def _compare(
-        self,
-        carry: Carry,
-        check: Check,
-        known: tuple[PyTree, PyTree],
-        is_known: Array,
-        step_after: Starts,
+        self, carry: Carry, check: Check, segment: _Segment, at_end: _AtEnd
     ) -> tuple[Carry, Check]:
         """Compares the state at hand with what it is known to be, and takes that."""
         adjoint_step, n = self._adjoint_step, carry.num_steps
+        known, is_known = self._known(segment, at_end)
         checks = check.is_rebuilt(carry) & is_known
 
         def compare():
             found = verify.Found(
-                step_after.t0,
-                step_after.t1,
+                at_end.step_after.t0,
+                at_end.step_after.t1,
                 (carry.y1, carry.solver_state),
                 known,
                 (carry.y_seen, carry.solver_state),
@@ -337,22 +383,14 @@ class Walk:
     # A step
     #
 
-    def _pull(
-        self,
-        starts: Starts,
-        carry: Carry,
-        limit: Array,
-        last: Array,
-        is_known: Array,
-        lands_at: Array,
-    ) -> Carry:
-        """Through one step, of those that are there. Their states are too, if
-        `is_known`; otherwise that at the start of the step numbered `lands_at` is."""
-        n, adjoint_step = carry.num_steps, self._adjoint_step
+    def _pull(self, segment: _Segment, carry: Carry, limit: Array) -> Carry:
+        """Through one step of the segment, of those from `limit` on."""
+        n, is_known = carry.num_steps, segment.is_known
+        adjoint_step = self._adjoint_step
         active = n > limit
         # An element of a batch that is done is pulled back through its last step again.
-        number = jnp.minimum(jnp.where(active, n - 1, n), last)
-        at, initial = self._at(starts, number), self._init_state.solver_state
+        number = jnp.minimum(jnp.where(active, n - 1, n), segment.last)
+        at, initial = self._at(segment.starts, number), self._init_state.solver_state
         y = at.y
         state = self._segments.pullback.of_step(at.solver_state, initial, number == 0)
         t0, t1 = adjoint_step.located(number, at.starts.t0, at.starts.t1)
@@ -372,7 +410,7 @@ class Walk:
         start = Start(jnp.array(True), jnp.array(False), y, state, increments)
         if self._recorder is not None:
             is_rebuilt = eqxi.unvmap_any(active & ~is_known)
-            knows = is_known | ~active | (number == lands_at)
+            knows = is_known | ~active | (number == segment.lands_at)
             start = Start(knows, is_rebuilt, y, state, increments)
         carry = adjoint_step.pull(carry, number, at.starts.t_prev, step, start, active)
         if recorder is not None:
