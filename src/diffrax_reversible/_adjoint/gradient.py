@@ -19,6 +19,7 @@ from .check import check
 from .functions import Functions
 from .linear import Marked
 from .problem import Derivative, Inputs, Problem, put
+from .residuals import Ends
 
 
 def walk_back(
@@ -34,48 +35,19 @@ def walk_back(
     """The gradients of the `perturbed` arrays of the inputs, from those of the `given`
     ones of the final state. It is differentiated with respect to those `varied`."""
     derivative = problem.derivative
-    hoisted, segments = derivative.hoisted, derivative.segments
     inputs, ends, residuals, _ = problem.unflatten(arrays)
     init_state, times, consts, _ = inputs
-    all_perturbed = set(perturbed)
-    numbers = problem.numbers.inputs
-    is_perturbed: Inputs = jtu.tree_map(lambda i: i in all_perturbed, numbers)
-
-    leaves, treedef = jtu.tree_flatten(eqx.filter(init_state, eqx.is_inexact_array))
-    grad_leaves = put([None] * len(leaves), given, grads)
-    grad_final_state = jtu.tree_unflatten(treedef, grad_leaves)
-
-    # (What else the steps depend on chooses where they are made, which is a constant.)
-    differentiated = frozenset(
-        i for i in range(derivative.num_local) if is_perturbed.consts[i] is True
+    grad_final_state = _of_final_state(init_state, given, grads)
+    adjoint_step = _make_step(
+        problem, inputs, ends, grad_final_state, perturbed, varied, marked
     )
-    perturbed_times = jtu.tree_map(
-        lambda p: p is True, is_perturbed.times, is_leaf=lambda p: p is None
-    )
-    of_times = jtu.tree_leaves(numbers.times.of_steps)
-    watches = not all_perturbed.union(varied).isdisjoint(of_times)
-    batch = _batch(derivative, problem, consts, marked)
-    fns = Functions(
-        hoisted, consts, differentiated, perturbed_times.any_of_steps, batch
-    )
-    pullback = segments.pullback.choose(fns, is_perturbed.init_state.solver_state)
-    if derivative.sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
-        fns = fns._replace(batch=Batch((), consts))
-    adjoint_step = AdjointStep(
-        fns=fns,
-        pullback=pullback,
-        ends=ends,
-        grad_final_state=grad_final_state,
-        times=times,
-        perturbed=perturbed_times,
-        at_steps=derivative.at_steps,
-        watches=watches and not derivative.at_steps.is_known,
-    )
-    recompute = ft.partial(hoisted.call, "recompute", consts, times)
+    recompute = ft.partial(derivative.hoisted.call, "recompute", consts, times)
     backward = Walk(
-        segments, adjoint_step, init_state, ends, residuals, recompute, has_stored
+        *(derivative.segments, adjoint_step, init_state, ends, residuals),
+        recompute,
+        has_stored,
     ).run()
-    carry = backward.carry
+    carry, fns = backward.carry, adjoint_step.fns
     (grad_y0, grad_solver_state0, grad_times), grad_consts = check(
         (carry.grad_y1, carry.grad_solver_state, carry.grad_times),
         fns.sum_consts(carry.grad_consts),
@@ -88,38 +60,82 @@ def walk_back(
         carry.loses_time,
     )
     found = _of_inputs(
-        init_state,
-        grad_final_state,
-        len(consts),
-        grad_y0,
-        grad_solver_state0,
-        grad_consts,
-        grad_times,
+        *(inputs, grad_final_state),
+        *(grad_y0, grad_solver_state0, grad_times, grad_consts),
     )
-    nothing = jtu.tree_map(lambda _: None, numbers.unknown)
-    found = found._replace(unknown=nothing)
     by_number: dict[int, Array] = {}
     jtu.tree_map(
         lambda i, g: None if i is None or g is None else by_number.update({i: g}),
-        numbers,
+        problem.numbers.inputs,
         found,
         is_leaf=lambda i: i is None,
     )
     return [by_number.get(i, jnp.zeros_like(arrays[i])) for i in perturbed]
 
 
-def _of_inputs(
-    init_state,
+def _of_final_state(init_state, given: Sequence[int], grads: Sequence[Array]):
+    """Those of the final state, which is of the structure of the initial one."""
+    leaves, treedef = jtu.tree_flatten(eqx.filter(init_state, eqx.is_inexact_array))
+    return jtu.tree_unflatten(treedef, put([None] * len(leaves), given, grads))
+
+
+def _make_step(
+    problem: Problem,
+    inputs: Inputs,
+    ends: Ends,
     grad_final_state,
-    num_consts: int,
+    perturbed: Sequence[int],
+    varied: Sequence[int],
+    marked: Sequence[Marked],
+) -> AdjointStep:
+    """One step of the backward pass, for what is asked of it."""
+    derivative, numbers = problem.derivative, problem.numbers.inputs
+    all_perturbed = set(perturbed)
+    is_perturbed: Inputs = jtu.tree_map(lambda i: i in all_perturbed, numbers)
+    # (What else the steps depend on chooses where they are made, which is a constant.)
+    differentiated = frozenset(
+        i for i in range(derivative.num_local) if is_perturbed.consts[i] is True
+    )
+    perturbed_times = jtu.tree_map(
+        lambda p: p is True, is_perturbed.times, is_leaf=lambda p: p is None
+    )
+    of_times = jtu.tree_leaves(numbers.times.of_steps)
+    watches = not all_perturbed.union(varied).isdisjoint(of_times)
+    fns = Functions(
+        derivative.hoisted,
+        inputs.consts,
+        differentiated,
+        perturbed_times.any_of_steps,
+        _batch(derivative, problem, inputs.consts, marked),
+    )
+    pullback = derivative.segments.pullback.choose(
+        fns, is_perturbed.init_state.solver_state
+    )
+    if derivative.sum_over_batch == "auto" and not _is_worth_a_sum(fns, ends.y):
+        fns = fns._replace(batch=Batch((), inputs.consts))
+    return AdjointStep(
+        fns=fns,
+        pullback=pullback,
+        ends=ends,
+        grad_final_state=grad_final_state,
+        times=inputs.times,
+        perturbed=perturbed_times,
+        at_steps=derivative.at_steps,
+        watches=watches and not derivative.at_steps.is_known,
+    )
+
+
+def _of_inputs(
+    inputs: Inputs,
+    grad_final_state,
     grad_y0: PyTree,
     grad_solver_state0: PyTree,
-    grad_consts: dict[int, Any],
     grad_times: PyTree,
+    grad_consts: dict[int, Any],
 ) -> Inputs:
     """Those that are known, where they belong."""
     grad_init_state = jtu.tree_map(
-        lambda _: None, eqx.filter(init_state, eqx.is_inexact_array)
+        lambda _: None, eqx.filter(inputs.init_state, eqx.is_inexact_array)
     )
     grad_init_state = replace(
         grad_init_state,
@@ -135,8 +151,9 @@ def _of_inputs(
             is_leaf=is_save_state,
         ),
     )
-    of_consts = tuple(grad_consts.get(i) for i in range(num_consts))
-    return Inputs(grad_init_state, grad_times, of_consts, None)
+    of_consts = tuple(grad_consts.get(i) for i in range(len(inputs.consts)))
+    nothing = jtu.tree_map(lambda _: None, inputs.unknown)
+    return Inputs(grad_init_state, grad_times, of_consts, nothing)
 
 
 def _batch(
