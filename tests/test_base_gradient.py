@@ -1,14 +1,18 @@
 """`UReversible(base)` has the solution of `base` and its gradient: where the second
 increment is worse than the first, and whatever the components are like."""
 
+import functools as ft
 import math
 
 import diffrax
+import hypothesis as hyp
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dfxr
+from diffrax_reversible._method import controlled
 
 from .helpers import relative_difference
 
@@ -180,3 +184,84 @@ def test_relaxation_oscillation():
     # (Four times as much with a control that is ten times as lax.)
     error, base_error = (relative_difference(g, exact) for g in (grad, base_grad))
     assert error < 3 * base_error
+
+
+# Stiff from one time to another: there many steps in a row cannot be undone, and others
+# can.
+def _stiff_for_a_while(t, y, p):
+    rate, start, end = p
+    is_stiff = jax.nn.sigmoid(50 * (t - start)) * jax.nn.sigmoid(50 * (end - t))
+    x, v, z = y
+    return jnp.stack([v, -x, -(1 + rate * is_stiff) * (z - x)])
+
+
+def _args_of_stiff(rate=150.0, start=1.0, end=3.0, base=diffrax.Tsit5()):
+    return _stiff_for_a_while, base, [1.0, 0.0, 0.5], [rate, start, end], 4.0
+
+
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize("base", [diffrax.Tsit5(), diffrax.Heun(), diffrax.Dopri8()])
+@pytest.mark.parametrize("tol,dt0", [(1e-5, None), (None, 0.01)])
+def test_stiff_for_a_while(base, tol, dt0):
+    args = _args_of_stiff(base=base)
+    kwargs = dict(dt0=dt0, tol=tol)
+    ((y1, *_), grad), ((base_y1, *_), base_grad) = _both(*args, **kwargs)
+    assert jnp.allclose(y1, base_y1, rtol=1e-3)
+    assert relative_difference(grad, base_grad) < 0.02
+    # And of the same steps, by another adjoint.
+    (same_y1, *_), same = _gradient(*args, **kwargs, adjoint=CHECKPOINTING)
+    assert jnp.allclose(y1, same_y1, rtol=1e-9)
+    assert relative_difference(grad, same) < 1e-7
+
+
+@hyp.settings(max_examples=8)
+@hyp.given(
+    rate=st.floats(0, 300),
+    start=st.floats(0.5, 2),
+    length=st.floats(0, 2),
+    adaptive=st.booleans(),
+)
+def test_stiff_for_any_while(rate, start, length, adaptive):
+    args = _args_of_stiff(rate, start, start + length)
+    kwargs = dict(tol=1e-4) if adaptive else dict(dt0=0.01)
+    _, grad = _gradient(*args, **kwargs)
+    _, same = _gradient(*args, **kwargs, adjoint=CHECKPOINTING)
+    assert relative_difference(grad, same) < 1e-7
+
+
+def test_batch_that_is_stiff_in_part():
+    # Each element is made as it would be alone, whatever is left out of others.
+    _, base, y0, _, t1 = _args_of_stiff()
+
+    def run(p, adjoint):
+        def loss(p):
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(_stiff_for_a_while),
+                dfxr.UReversible(base),
+                0.0,
+                t1,
+                0.01,
+                jnp.array(y0),
+                p,
+                adjoint=adjoint,
+                max_steps=400,
+                saveat=diffrax.SaveAt(t1=True, solver_state=True),
+            )
+            _, code, account = sol.solver_state
+            return jnp.sum(jnp.sin(sol.ys)), (code, account)
+
+        return jax.grad(loss, has_aux=True)(p)
+
+    # Of the second and the third the end is stiff.
+    ps = jnp.array([[0.0, 1, 2], [310, 3.5, 9], [310, 3.57, 9], [310, 1, 2]])
+    batch = jax.jit(jax.vmap(ft.partial(run, adjoint=REVERSIBLE)))
+    grads, (codes, accounts) = batch(ps)
+    assert controlled.coupling(codes[1]) == controlled.coupling(codes[2]) == 0
+    alone = jax.jit(ft.partial(run, adjoint=REVERSIBLE))
+    expected, (_, same_accounts) = jax.vmap(ft.partial(run, adjoint=CHECKPOINTING))(ps)
+    assert relative_difference(grads, expected) < 1e-7
+    assert jnp.allclose(accounts, same_accounts, atol=1e-3)
+    for p, grad, code in zip(ps, grads, codes, strict=True):
+        grad_alone, (code_alone, _) = alone(p)
+        assert relative_difference(grad, grad_alone) < 1e-7
+        assert code == code_alone

@@ -11,6 +11,7 @@ import pytest
 
 import diffrax_reversible as dfxr
 from diffrax_reversible._adjoint import plan, verify
+from diffrax_reversible._method import controlled
 
 from .helpers import from_term, GenericLeapfrog, relative_difference, SOLVERS
 
@@ -22,9 +23,9 @@ from .helpers import from_term, GenericLeapfrog, relative_difference, SOLVERS
 
 class Counter:
     """A vector field that counts how often it is evaluated and pulled back, when it is
-    run, not when it is traced."""
+    run, not when it is traced. It is linear if a `rate` is given."""
 
-    def __init__(self, vmap_method=None):
+    def __init__(self, vmap_method=None, rate=None):
         self.evaluations = 0
         self.pullbacks = 0
 
@@ -40,14 +41,16 @@ class Counter:
         # Its derivative is made of its value, so that no evaluation is unused.
         @jax.custom_vjp
         def vector_field(y):
-            return count("evaluations")(jnp.exp(y / 4))
+            y = jnp.exp(y / 4) if rate is None else rate * y
+            return count("evaluations")(y)
 
         def fwd(y):
             out = vector_field(y)
             return out, out
 
         def bwd(out, grad):
-            return (count("pullbacks")(out / 4 * grad),)
+            slope = out / 4 if rate is None else rate
+            return (count("pullbacks")(slope * grad),)
 
         vector_field.defvjp(fwd, bwd)
         self.vector_field = vector_field
@@ -65,8 +68,16 @@ def _long_records(monkeypatch):
     monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
 
 
-def _count(solver, controller=None, pair=False, interpolates=True, checkpoints=0):
-    counter = Counter()
+def _count(
+    solver,
+    controller=None,
+    pair=False,
+    interpolates=True,
+    checkpoints=0,
+    rate=None,
+    num_steps=10,
+):
+    counter = Counter(rate=rate)
     term = diffrax.ODETerm(lambda t, y, args: counter.vector_field(y))
     terms = (term, term) if pair else term
     ts = jnp.linspace(0, 1, 4)
@@ -79,12 +90,12 @@ def _count(solver, controller=None, pair=False, interpolates=True, checkpoints=0
             solver,
             0.0,
             1.0,
-            0.1,
+            1 / num_steps,
             (y0, y0) if pair else y0,
             stepsize_controller=controller or diffrax.ConstantStepSize(),
             saveat=saveat,
             adjoint=dfxr.ReversibleAdjoint(checkpoints=checkpoints),
-            max_steps=20,
+            max_steps=2 * num_steps,
         )
         loss = sum(jnp.sum(x) for x in jax.tree.leaves(sol.ys))
         return loss, sol.stats["num_steps"]
@@ -135,6 +146,74 @@ def test_evaluations_where_every_state_is_kept(base, stages):
     )
     assert forward == 2 * stages * n
     assert backward == pullbacks == stages * n
+
+
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize(
+    "base,stages,limit",
+    [(diffrax.Heun(), 2, 2.0), (diffrax.Tsit5(), 6, 3.3), (diffrax.Dopri8(), 13, 3.7)],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize("interpolates", [False, True])
+def test_evaluations_at_the_limit_of_stability(base, stages, limit, interpolates):
+    # The first step has `m = 1`; and of the others in a row with `m = 0` each makes the
+    # second increment in the first period, and later one in each.
+    periods = 4
+    n, forward, backward, pullbacks = _count(
+        dfxr.UReversible(base),
+        interpolates=interpolates,
+        checkpoints=256,
+        rate=-0.95 * limit * (1 + periods * controlled._PERIOD),
+        num_steps=1 + periods * controlled._PERIOD,
+    )
+    left_out = (periods - 1) * (controlled._PERIOD - 1)
+    # (The slope at the end of the step is a part of the error estimate, or of the
+    # interpolation.)
+    assert forward == 2 * stages * n - (stages - 1) * left_out
+    assert pullbacks == (stages + interpolates) * n
+    # Not counting the steps that are made again, once: for the gradient no second
+    # increment is, but for the interpolation.
+    pulled = forward if interpolates else stages * n
+    assert pulled <= backward <= pulled + forward
+
+
+def test_evaluations_of_a_batch_at_the_limit_of_stability():
+    # The second increment is made if any element needs it.
+    n, period, num = 64, controlled._PERIOD, []
+
+    def count(y):
+        num.append(1)
+        return np.zeros_like(y)
+
+    def vector_field(t, y, rate):
+        out = -rate * y
+        return out + jax.pure_callback(count, out, out, vmap_method="expand_dims")
+
+    @jax.jit
+    @jax.vmap
+    def solve(rate):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            dfxr.UReversible(diffrax.Tsit5()),
+            0.0,
+            1.0,
+            1 / (n + 1),
+            jnp.array(1.0),
+            rate,
+            adjoint=dfxr.ReversibleAdjoint(),
+            max_steps=n + 1,
+        ).ys
+
+    def evaluations(*rates):
+        num.clear()
+        jax.block_until_ready(solve(jnp.array(rates)))
+        jax.effects_barrier()
+        return len(num)
+
+    stiff, mild = 3.0 * n, 1.0
+    assert evaluations(stiff, mild) == 12 * (n + 1)
+    left_out = (n // period - 1) * (period - 1)
+    assert evaluations(stiff, stiff) == 12 * (n + 1) - 5 * left_out
 
 
 def test_evaluations_u_reversible_with_a_number():

@@ -72,6 +72,10 @@ def _error_with_codes(base, num_steps):
 @hyp.given(seed=st.integers(0, 2**31 - 1), most=st.sampled_from([0, 8, 80, 255]))
 def test_order_for_every_sequence(base, few, many, seed, most):
     codes = np.random.default_rng(seed).integers(0, most + 1, many).astype(np.uint8)
+    for i in range(1, many):
+        # As the control does: or the other copy would be a step behind.
+        if controlled.leaves_out(jnp.asarray(codes[i - 1])):
+            codes[i] = controlled._SYNC
     errors = [_error_with_codes(base, n)(jnp.asarray(codes[:n])) for n in (few, many)]
     slope = math.log(errors[0] / errors[1]) / math.log(many / few)
     # Not an asymptotic slope; and a sequence drawn twice is not the same one.
@@ -122,7 +126,8 @@ def test_spectrum(base):
 def test_bytes():
     codes = jnp.arange(256, dtype=jnp.uint8)
     ms = jax.vmap(controlled.coupling)(codes)
-    assert ms[0] == 1 and ms[255] == 0 and jnp.all(jnp.diff(ms) < 0)
+    assert ms[0] == 1 and jnp.all(jnp.diff(ms[: controlled._LAST_SYNC + 1]) < 0)
+    assert jnp.all(ms[controlled._LAST_SYNC :] == 0)
     some = np.array([-100, 0.0, 0.1, 1.0, 5.99, 6.0, 100, np.inf, np.nan])
     codes = jax.vmap(controlled._encode)(some.astype(np.float32))
     assert codes.dtype == jnp.uint8
@@ -131,6 +136,41 @@ def test_bytes():
     ms = 2.0 ** -np.maximum(some[:5], 0)
     assert np.all(encoded[:5] <= ms) and np.all(encoded[:5] > ms * 0.91)
     assert np.all(encoded[5:] == 0)
+
+
+@pytest.mark.parametrize("code", [0, 8, 48])
+def test_steps_in_a_row(code):
+    # From any other code: 16 of them, and then one in 16, make a second increment.
+    period, code, made = controlled._PERIOD, jnp.uint8(code), []
+    for _ in range(5 * period):
+        code = controlled._next_sync(code)
+        assert code.dtype == jnp.uint8 and controlled.coupling(code) == 0
+        # And the account goes over each budget.
+        assert controlled._bits(code) > controlled.budget(jnp.zeros(()))
+        made.append(not controlled.leaves_out(code))
+    a_period = [False] * (period - 1) + [True]
+    assert made == [True] * period + 4 * a_period
+    # Nothing else leaves it out.
+    others = jnp.arange(controlled._LAST_SYNC + 1, dtype=jnp.uint8)
+    assert not jnp.any(jax.vmap(controlled.leaves_out)(others))
+
+
+@pytest.mark.one_in(1)
+def test_no_step_in_a_row_can_be_undone():
+    # Whether it makes the second increment or not: all but the first want their states.
+    n = 100
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -3.0 * n * (y - jnp.cos(t))),
+        dfxr.UReversible(diffrax.Tsit5()),
+        0.0,
+        1.0,
+        1 / n,
+        jnp.array([2.0, 1.0]),
+        adjoint=dfxr.ReversibleAdjoint(),
+        max_steps=n,
+    )
+    assert sol.stats["num_steps"] == n
+    assert sol.stats["num_checkpoints"] == n - 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.complex64])

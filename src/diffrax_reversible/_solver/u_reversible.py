@@ -5,6 +5,7 @@ from typing import Any, cast, final, Literal, TypeAlias
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -57,12 +58,20 @@ class UReversible(
     makes `2s` evaluations too, `s` of them with a pullback (and one more for output at
     times between steps); or all of them, if `coupling_parameter` is a number.
 
+    At the limit of stability, as on a stiff problem, no step can be undone, and so the
+    second half of most of them is left out: they make `s + 1` evaluations (or `s`, of a
+    stochastic Runge--Kutta solver). So it is after 16 such steps in a row, and then in
+    all but each 16th; of a batch, where it is so for all elements. On the backward pass
+    these steps are recomputed, and `s` evaluations are made with a pullback (`s + 1` if
+    there is output at times between steps).
+
     A second copy `z` of the solution is carried along, so that `y` and the solver state
     take twice the memory of `y`. The solver state is `(y - z, code, account)`. Here `y
-    - z` has the structure, shapes and dtypes of `y`. `code` is the coupling $m$ below,
-    as a `uint8`, and is the one byte that is recorded for every step. `account` is of
-    two `float32` numbers (three for an SDE), from which the next coupling is chosen. If
-    `coupling_parameter` is a number then the solver state is `z`.
+    - z` has the structure, shapes and dtypes of `y`. `code` is the coupling $m$ below
+    (and where that is 0, since how many steps), as a `uint8`; it is the one byte that
+    is recorded for every step. `account` is of two `float32` numbers (three for an
+    SDE), from which the next coupling is chosen. If `coupling_parameter` is a number
+    then the solver state is `z`.
 
     Uses the interpolation of the wrapped solver for dense/ts output, without further
     evaluations: of order 5 for `Tsit5` and `Dopri5`, 6 for `Dopri8`; and one less for
@@ -302,8 +311,17 @@ class UReversible(
             # All else is a constant. Without the derivative of this one, that of the
             # interpolation would be wrong.
             slope = step.terms.vf_prod(step.t1, y1, step.args, step.control)
-        shift, info = self._return(*stop_gradient((step, y1, slope)))
-        shift = jtu.tree_map(controlled.zero_unless_finite, shift)
+        constants = stop_gradient((step, y1, slope))
+
+        def make():
+            shift, info = self._return(*constants)
+            shift = jtu.tree_map(controlled.zero_unless_finite, shift)
+            return shift, info if slope is None else {}
+
+        # (A stage is like an increment, and has been traced.)
+        struct = jax.eval_shape(make) if slope is None else (slope, {})
+        zeros = lambda: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
+        shift, info = controlled.unless_left_out(step.fixed, make, zeros)
         return shift, info if slope is None else dict(k=slope)
 
     def _advance_y(self, step: StepInfo, registers: tuple[PyTree, ...]):
