@@ -12,6 +12,7 @@ import equinox.internal as eqxi
 import hypothesis as hyp
 import hypothesis.strategies as st
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import optimistix
@@ -264,6 +265,30 @@ def test_memory_of_wide_layers():
     _, few = gradient(dfxr.ReversibleAdjoint())
     _, more = gradient(dfxr.ReversibleAdjoint(), max_steps=10_000)
     assert more > 1.5 * few
+
+
+def test_effects_within_wide_layers():
+    # JAX makes no effect twice, so that these stages cannot be recomputed.
+    w = jnp.linspace(0.1, 1, 32)[None]
+
+    def field(t, y, c):
+        jax.experimental.io_callback(lambda t: None, None, jax.lax.stop_gradient(t))
+        return jnp.tanh(c * y @ w) @ w.T
+
+    def loss(adjoint, c):
+        y0, term = jnp.ones((64, 1)), diffrax.ODETerm(field)
+        sol = diffrax.diffeqsolve(
+            *(term, diffrax.Tsit5(), 0.0, 1.0, 0.2, y0, c),
+            adjoint=adjoint,
+            max_steps=8,
+        )
+        return jnp.sum(sol.ys**2)
+
+    grads = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint)))(0.3)
+        for adjoint in (CHECKPOINTING, dfxr.ReversibleAdjoint())
+    ]
+    assert relative_difference(*grads) < TOL
 
 
 #

@@ -45,11 +45,7 @@ class Hoisted:
     @property
     def effects(self) -> set[Any]:
         """Those that JAX is to keep in their order, as of `jax.debug.print`."""
-        out: set[Any] = set()
-        for static, _, _ in self._functions.values():
-            # (Of a function that closes over nothing, it is not known.)
-            out |= getattr(getattr(static, "jaxpr", None), "effects", set())
-        return out
+        return set[Any]().union(*(_jaxpr(f).effects for f in self._functions.values()))
 
     def uses(self, name: str) -> tuple[int, ...]:
         """Which of the constants a function uses."""
@@ -170,6 +166,11 @@ class Hoisted:
 _NO_EQUATIONS = jax.make_jaxpr(lambda: None)().jaxpr
 
 
+def _jaxpr(function: tuple[PyTree, Any, tuple[int, ...]]) -> Any:
+    static, _, _ = function
+    return getattr(static, "jaxpr", _NO_EQUATIONS)
+
+
 class Hoister:
     """Collects functions, and traces each of them once."""
 
@@ -205,12 +206,14 @@ class Hoister:
     def bytes_of_products(self, name: str) -> int:
         """Of the results of products of matrices, and convolutions, in a function:
         which its pullback keeps, where XLA computes most others once more."""
-        static, _, _ = self._functions[name]
         return sum(
             repeats * eqn.outvars[0].aval.size * eqn.outvars[0].aval.dtype.itemsize
-            for eqn, repeats in equations(getattr(static, "jaxpr", _NO_EQUATIONS))
+            for eqn, repeats in equations(_jaxpr(self._functions[name]))
             if eqn.primitive.name in ("dot_general", "conv_general_dilated")
         )
+
+    def has_effects(self, name: str) -> bool:
+        return len(_jaxpr(self._functions[name]).effects) > 0
 
     def finish(self) -> tuple[Hoisted, tuple[Any, ...]]:
         return Hoisted(dict(self._functions)), tuple(self._consts)

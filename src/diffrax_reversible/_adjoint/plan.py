@@ -76,7 +76,9 @@ def add_functions(
     pullback.add_functions(hoister, terms, args, step)
     room = (1 - _PART) * _bytes_of_host(init_state, max_steps)
     room += _PART_OF_CONSTS * hoister.bytes_of_consts
-    if _bytes_of_stages(pullback, hoister) > room:
+    # (What has effects cannot be recomputed.)
+    has_effects = hoister.has_effects(pullback.name_of_differentiated)
+    if _bytes_of_stages(pullback, hoister) > room and not has_effects:
         pullback.recomputes_stages = True
         pullback.add_functions(hoister, terms, args, step)
 
