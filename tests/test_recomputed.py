@@ -227,19 +227,20 @@ def test_memory(size, batch, max_steps):
     )
 
 
+@pytest.mark.long
 def test_memory_of_wide_layers():
     # What is within the stages is much larger than `y`: it is recomputed, one by one.
     w = jnp.linspace(0.1, 1, 32)
 
     def loss(adjoint, solver, max_steps, y0, c):
         sol = diffrax.diffeqsolve(
+            # (That the weights are closed over makes no difference.)
             diffrax.ODETerm(
-                lambda t, y, c: jnp.tanh((y @ w[None]) @ c) @ c.T @ w[:, None]
+                lambda t, y, _: jnp.tanh((y @ w[None]) @ c) @ c.T @ w[:, None]
             ),
             solver,
             *(0.0, 1.0, 0.2),
             y0,
-            c,
             adjoint=adjoint,
             max_steps=max_steps,
         )
@@ -335,6 +336,7 @@ KINDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind):
     kwargs = KINDS[kind]()
@@ -349,6 +351,7 @@ def test_kinds(kind):
     agree(lambda adjoint, params: of(_solve(adjoint, params, **kwargs)), (Y0, W))
 
 
+@pytest.mark.long
 def test_langevin():
     drift = diffrax.UnderdampedLangevinDriftTerm(0.7, 1.1, lambda x, w: w @ x)
     path = diffrax.VirtualBrownianTree(
@@ -436,6 +439,7 @@ def test_batch_with_steps_of_their_own(solver, sums):
     assert relative_difference(gradient(ours), gradient(CHECKPOINTING)) < TOL
 
 
+@pytest.mark.long
 def test_hessian():
     def loss(adjoint, y0):
         saveat = diffrax.SaveAt(ts=jnp.array([0.5, 1.3]))

@@ -162,6 +162,10 @@ class Hoisted:
         return eqx.combine(out, aux, static_out[-1]), residuals, with_residuals
 
 
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
+_COSTLY = {"cos", "erf", "exp", "log", "log1p", "logistic", "pow", "sin", "tanh"}
+
+
 # (Of a function that closes over nothing the jaxpr is not known.)
 _NO_EQUATIONS = jax.make_jaxpr(lambda: None)().jaxpr
 
@@ -203,14 +207,20 @@ class Hoister:
         consts = filter(eqx.is_inexact_array, self._consts)
         return sum(x.size * x.dtype.itemsize for x in consts)
 
-    def bytes_of_products(self, name: str) -> int:
-        """Of the results of products of matrices, and convolutions, in a function:
-        which its pullback keeps, where XLA computes most others once more."""
-        return sum(
-            repeats * eqn.outvars[0].aval.size * eqn.outvars[0].aval.dtype.itemsize
-            for eqn, repeats in equations(_jaxpr(self._functions[name]))
-            if eqn.primitive.name in ("dot_general", "conv_general_dilated")
-        )
+    def bytes_of_kept(self, name: str) -> int:
+        """Of what the pullback of a function keeps, where XLA computes most others once
+        more: the results of products of matrices, or of convolutions; or of costly
+        functions, if that is more, as these may be of such results."""
+
+        def of(names):
+            return sum(
+                repeats * x.aval.size * x.aval.dtype.itemsize
+                for eqn, repeats in equations(_jaxpr(self._functions[name]))
+                if eqn.primitive.name in names
+                for x in eqn.outvars
+            )
+
+        return max(of(_PRODUCTS), of(_COSTLY))
 
     def has_effects(self, name: str) -> bool:
         return len(_jaxpr(self._functions[name]).effects) > 0

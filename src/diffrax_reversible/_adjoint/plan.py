@@ -21,7 +21,7 @@ from .step_record import Recorder
 # part of it is taken for states, as the loops need some too: or the second part, if
 # that is enough to recompute each step just once. If it is not then all is taken, but
 # for what a step takes in addition to one of the default adjoint: so many bytes of the
-# loops, and the products of matrices in all of its stages but two.
+# loops, and what a pullback keeps of all of its stages but two.
 _NO_BOUND = 64
 _PART = 0.6
 _PART_IF_ENOUGH = 0.8
@@ -78,7 +78,8 @@ def add_functions(
     room += _PART_OF_CONSTS * hoister.bytes_of_consts
     # (What has effects cannot be recomputed.)
     has_effects = hoister.has_effects(pullback.name_of_differentiated)
-    if _bytes_of_stages(pullback, hoister) > room and not has_effects:
+    bytes_of_stages = _bytes_of_stages(pullback, hoister)
+    if bytes_of_stages > max(room, _OF_LOOPS) and not has_effects:
         pullback.recomputes_stages = True
         pullback.add_functions(hoister, terms, args, step)
 
@@ -155,7 +156,7 @@ def _bytes_of_stages(pullback: AbstractPullback, hoister: Hoister) -> float:
     num = 1 if pullback.recomputes_stages else pullback.num_unrolled
     if num <= _STAGES_OF_HOST:
         return 0.0
-    num_bytes = hoister.bytes_of_products(pullback.name_of_differentiated)
+    num_bytes = hoister.bytes_of_kept(pullback.name_of_differentiated)
     return (num - _STAGES_OF_HOST) / num * num_bytes
 
 

@@ -1,6 +1,6 @@
 """The increment of an explicit Runge--Kutta method."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import diffrax
@@ -9,7 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._compat import Args, RealScalarLike, Term, VF, Y
 
@@ -78,15 +78,14 @@ def explicit_rk_increment(
         k = _scan_stages(tableau, term, ts, y, args, control, sign, first)
     else:
         k = [] if first is None else [first]
+        vf_prod = term.vf_prod
+        if isinstance(term, Checkpointed):
+            vf_prod = _OneByOne(vf_prod)
         for i, t_i in list(enumerate(ts))[len(k) :]:
             y_i = y if i == 0 else combine(tableau.a_lower[i - 1], k, sign, y)
-            if isinstance(term, Checkpointed):
-                # So that gradients of what stages share are added one after the other:
-                # XLA would keep those of all stages to add them at once.
-                term, args = _barrier((term, args))
             # XLA would fuse each stage into those that use it, to be computed again in
             # each, and that grows quickly with their number.
-            k_i = term.vf_prod(t_i, lax.optimization_barrier(y_i), args, control)
+            k_i = vf_prod(t_i, lax.optimization_barrier(y_i), args, control)
             k.append(lax.optimization_barrier(k_i))
     return Increment(
         increment=combine(tableau.b_sol[:stages], k, sign),
@@ -114,9 +113,27 @@ class Checkpointed(diffrax.AbstractTerm):
         return eqx.filter_checkpoint(self.term.vf_prod)(t, y, args, control)
 
 
-def _barrier(tree: PyTree) -> PyTree:
-    dynamic, static = eqx.partition(tree, eqx.is_inexact_array)
-    return eqx.combine(lax.optimization_barrier(dynamic), static)
+class _OneByOne:
+    """A function of which the gradients with respect to what all calls share, such as
+    `args` or what it closes over, are added one after the other: XLA would keep those
+    of all calls to add them at once."""
+
+    def __init__(self, fn: Callable):
+        self._fn = fn
+        # By their `id`: what is shared, and what stands for it in the next call.
+        self._shared: dict[int, tuple[Array, Array]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        fn = eqx.filter_closure_convert(self._fn, *args)
+        fn, args = jtu.tree_map(self._next, (fn, args))
+        return fn(*args)
+
+    def _next(self, x: Any) -> Any:
+        if not eqx.is_inexact_array(x):
+            return x
+        _, old = self._shared.get(id(x), (x, x))
+        self._shared[id(x)] = (x, lax.optimization_barrier(old))
+        return self._shared[id(x)][1]
 
 
 # Unrolled stages of more operations than this in all take long to compile.

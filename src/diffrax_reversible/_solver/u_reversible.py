@@ -63,7 +63,9 @@ class UReversible(
     stochastic Runge--Kutta solver). So it is after 16 such steps in a row, and then in
     all but each 16th; of a batch, where it is so for all elements. On the backward pass
     these steps are recomputed, and `s` evaluations are made with a pullback (`s + 1` if
-    there is output at times between steps).
+    there is output at times between steps). (So a vector field may not wait for other
+    devices there, as for a `jax.lax.pmean` within `jax.shard_map`, if steps of these
+    differ.)
 
     A second copy `z` of the solution is carried along, so that `y` and the solver state
     take twice the memory of `y`. The solver state is `(y - z, code, account)`. Here `y
