@@ -1,5 +1,6 @@
-"""`nox -s tests` runs the tests, `nox -s quick` some of them; `nox` alone runs what CI
-does, except for `older`, which needs another Python."""
+"""`nox -s tests` runs the tests, `nox -s quick` some of them, `nox -s long` those that
+take longest; `nox` alone runs what CI does, except for `older`, which needs another
+Python."""
 
 import os
 import pathlib
@@ -9,7 +10,7 @@ import subprocess
 import nox
 
 
-nox.options.sessions = ["tests", "lint", "types", "lowest"]
+nox.options.sessions = ["tests", "long", "lint", "types", "lowest"]
 
 DIFFRAX = ["0.7.0", "0.7.1", "0.7.2"]
 
@@ -46,16 +47,21 @@ def tests(session: nox.Session) -> None:
     _pytest(session)
 
 
+@nox.session
+def long(session: nox.Session) -> None:
+    """The tests that take longest, in twenty minutes."""
+    session.install("-e", ".[tests,examples]")
+    _pytest(session, "-m", "long and not exhaustive")
+
+
 # Of each promise something.
 QUICK = (
     "tests/test_aboba.py::test_gradient",
     "tests/test_batch.py::test_levels",
-    "tests/test_batch.py::test_what_the_batch_shares",
     "tests/test_citation.py",
     "tests/test_compat.py",
     "tests/test_counts.py::test_evaluations_u_reversible",
     "tests/test_errors.py",
-    "tests/test_events.py::test_event",
     "tests/test_examples.py::test_docstring_example",
     "tests/test_examples.py::test_readme",
     "tests/test_gradient.py::test_closed_over",
@@ -73,7 +79,6 @@ QUICK = (
     "tests/test_stability.py::test_published_coupling_fails",
     "tests/test_stability.py::test_few_checkpoints",
     "tests/test_stochastic.py::test_gradient",
-    "tests/test_times.py::test_quadratic",
     "tests/test_transformations.py::test_checkpoint",
     "tests/test_transformations.py::test_modes_of_other_solvers",
     "tests/test_transformations.py::test_has_aux",
@@ -85,7 +90,7 @@ QUICK = (
 
 @nox.session
 def quick(session: nox.Session) -> None:
-    """Something of each promise, in about ten minutes."""
+    """Something of each promise, in about five minutes."""
     session.install("-e", ".[tests,examples]")
     _pytest(session, *QUICK)
 
@@ -101,6 +106,8 @@ PART = (
     "tests/test_recomputed.py::test_checkpoints",
     "tests/test_recomputed.py::test_kinds",
     "tests/test_transformations.py::test_modes_of_other_solvers",
+    "-m",
+    "not exhaustive",
     "-k",
     "not (gradient or vmap or batch) or closed_over or resumed or host_instances "
     "or scan or finished or subs or other_solvers or test_levels or test_sum or share",

@@ -152,6 +152,7 @@ def test_limit_of_stability():
     assert abs(grad[1] - expected) < 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", [diffrax.Heun(), diffrax.SPaRK()], ids=["erk", "srk"])
 def test_sde(base):
     # In a deep potential, with steps that are coarse there.
@@ -214,6 +215,7 @@ def test_stiff_for_a_while(base, tol, dt0):
     assert relative_difference(grad, same) < 1e-7
 
 
+@pytest.mark.long
 @hyp.settings(max_examples=8)
 @hyp.given(
     rate=st.floats(0, 300),
@@ -229,6 +231,7 @@ def test_stiff_for_any_while(rate, start, length, adaptive):
     assert relative_difference(grad, same) < 1e-7
 
 
+@pytest.mark.long
 def test_batch_that_is_stiff_in_part():
     # Each element is made as it would be alone, whatever is left out of others.
     _, base, y0, _, t1 = _args_of_stiff()

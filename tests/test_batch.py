@@ -84,6 +84,7 @@ def _total(loss, axes=(None, 0, 0), **kwargs):
     return lambda *x: jnp.sum(jax.vmap(loss, axes, **kwargs)(*x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver,controller,saveat",
     [
@@ -108,6 +109,7 @@ def test_sum(solver, controller, saveat):
         assert relative_difference(per_example(W, Y0, S), each) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("controller", [CONSTANT, PID], ids=["constant", "PID"])
 def test_sum_without_throw(controller):
     # What is marked as unknown, where it is, is marked for the sum as a whole.
@@ -151,6 +153,7 @@ def _shared_loss(kind, solver, sum_over_batch, w, t1, x):
 
 # What is used of the results: if only what the batch shares, nothing is batched in the
 # gradients of the outputs.
+@pytest.mark.long
 @pytest.mark.parametrize("used", ["a", "ab ts"])
 @pytest.mark.parametrize(
     "kind,solver",
@@ -183,6 +186,7 @@ def test_what_the_batch_shares(kind, solver, used):
         assert relative_difference(jax.jit(per_example)(w, t1, xs), each) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sum_over_batch", [False, True])
 def test_what_the_batches_share(sum_over_batch):
     # Two batches, of which the inner one is over `x` and the outer one over `w`; and
@@ -376,12 +380,14 @@ NESTINGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NESTINGS)
 def test_nested(name, table):
     actual, expected = NESTINGS[name]
     assert relative_difference(actual(), expected(table)) < TOL
 
 
+@pytest.mark.long
 def test_without_jit(table):
     expected = _summed(jtu.tree_map(lambda x: x[0], table))
     ours = jax.grad(_total(_plain), ARGNUMS)(W, Y0, S)
@@ -408,6 +414,7 @@ def test_second_derivatives():
 #
 
 
+@pytest.mark.long
 def test_named_axis():
     # All elements are coupled, so that the batch is one solve of a larger equation.
     def loss(mean, w, y0):
@@ -434,6 +441,7 @@ def test_named_axis():
     assert relative_difference(ours, expected) < TOL
 
 
+@pytest.mark.long
 def test_unsaved_places():
     # What is saved of one element has no finite derivative where another is then.
     def loss(p, ts, t1):
@@ -531,6 +539,7 @@ def _compiled(*args, **kwargs):
     return _gradient(*args, **kwargs).lower(w, y0).compile()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver,controller",
     [(PUBLISHED, CONSTANT), (RK, PID), (HEUN, CONSTANT), (GenericLeapfrog(), CONSTANT)],
@@ -546,6 +555,7 @@ def test_memory(solver, controller):
         assert (size > NUM * one) == (not sum_over_batch)
 
 
+@pytest.mark.long
 def test_by_default(monkeypatch):
     def lowered(sum_over_batch, width):
         w, y0 = jnp.eye(width), jnp.ones((NUM, width))
@@ -568,6 +578,7 @@ def test_not_over_devices():
     assert f"f64[{NUM},{WIDTH},{WIDTH}]" in compiled.as_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver,controller", [(RK, PID), (HEUN, CONSTANT)], ids=["controlled", "evaluate"]
 )

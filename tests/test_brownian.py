@@ -75,6 +75,7 @@ def _solve(params, adjoint, n, solver, term=diffrax.ControlTerm, adaptive=False)
 PARAMS = jnp.array([1.0, 0.3]), jnp.array(0.7)
 
 
+@pytest.mark.long
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "solver,term,adaptive",
@@ -104,6 +105,7 @@ def test_same_solution_and_gradient(solver, term, adaptive):
         assert relative_difference(grad, grad_default) < 100 * EPS
 
 
+@pytest.mark.long
 @pytest.mark.one_in(1)
 @pytest.mark.parametrize("reversible", [False, True])
 def test_how_often_values_are_found(reversible, monkeypatch):
@@ -142,6 +144,7 @@ class _Spare(eqx.Module):
         return -args * y
 
 
+@pytest.mark.long
 @pytest.mark.one_in(1)
 def test_others_that_ask():
     # A path that no step asks, and an event that asks between the steps.

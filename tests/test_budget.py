@@ -97,6 +97,7 @@ def test_how_often_steps_are_recomputed(num_steps, num_slots, length, num_rows):
         assert np.max(count(all_steps), initial=0) <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @settings(max_examples=30)
 @given(
@@ -187,6 +188,7 @@ def _gradient(adjoint, max_steps, adaptive, batched):
     return eqx.filter_jit(jax.vmap(fn) if batched else fn)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize("adaptive,batched", [(False, False), (True, True)])
 def test_records_and_slots(is_short, adaptive, batched, monkeypatch):
@@ -238,6 +240,7 @@ def test_chaos():
     assert relative_difference(ours, expected) < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_short", [False, True])
 def test_chaos_beyond_all_digits(is_short, monkeypatch):
     # What is recomputed, from the start, may be another solution in the end. That is an
@@ -258,6 +261,7 @@ def test_chaos_beyond_all_digits(is_short, monkeypatch):
     assert 1e8 < jnp.max(jnp.abs(ours)) < 1e30
 
 
+@pytest.mark.long
 def test_what_cannot_be_made_again():
     # Along an unstable slow manifold steps of given sizes amplify a single rounding
     # error, which in a batch is another one than on the way forward.
@@ -409,6 +413,7 @@ def test_before_a_step_that_cannot_be_undone(period, num_slots):
 #
 
 
+@pytest.mark.long
 def test_a_solution_at_rest(monkeypatch):
     monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
     # The gradient with respect to the rate is made of roundings in the end, in which
@@ -445,6 +450,7 @@ def test_rounding_of_what_only_adds_up():
     assert verify._rounding(grad_y, pulled, y, jnp.array(4)) == 2
 
 
+@pytest.mark.long
 def test_a_stiff_operator():
     # A difference of 1e-9, in its highest frequencies, is multiplied by 65536.
     n = 128
@@ -551,6 +557,7 @@ def _loss_at_rest(params, adjoint, solver, adaptive=False):
 _AT_REST = jnp.array([1.0, 0.0, 1.0]), jnp.array(0.5), jnp.array(3.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver", [U, dfxr.AsynchronousLeapfrog(), dfxr.ReversibleHeun(), dfxr.EES25()]
 )
@@ -563,6 +570,7 @@ def test_kinks_where_elements_are_at_rest(solver):
     assert 1 <= num_wanted <= 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_elements_of_a_batch_at_rest(adaptive):
     def loss(params, adjoint):
@@ -585,6 +593,7 @@ def test_elements_of_a_batch_at_rest(adaptive):
     assert np.all(num_wanted >= (1 if adaptive else 2))
 
 
+@pytest.mark.long
 @pytest.mark.one_in(1)
 @pytest.mark.parametrize(
     "solver",
@@ -900,6 +909,7 @@ def test_large_constants_are_given_little(monkeypatch):
     assert few <= 0.9 and few <= some <= many <= 0.95 and many > few
 
 
+@pytest.mark.long
 def test_max_steps_costs_little():
     def memory(adjoint, solver, max_steps):
         return _memory(adjoint, solver, 4, max_steps)

@@ -139,6 +139,7 @@ def test_evaluations_u_reversible(base, stages, adaptive, interpolates):
     assert pullbacks == (stages + interpolates) * n
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base,stages", [(diffrax.Heun(), 2), (diffrax.Tsit5(), 6)])
 def test_evaluations_where_every_state_is_kept(base, stages):
     n, forward, backward, pullbacks = _count(
@@ -221,6 +222,7 @@ def test_evaluations_u_reversible_with_a_number():
     assert forward == backward == pullbacks == 4 * n
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("coupling_parameter", ["auto", 0.9])
 def test_stages_in_a_loop(coupling_parameter):
     num_traces = 0
@@ -461,6 +463,7 @@ def _bytes_per_step(**kwargs):
 RK = dfxr.UReversible(diffrax.Heun())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kwargs,expected",
     [

@@ -128,6 +128,7 @@ SAVE_ATS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "event,controller,save_at,solver,happens",
     [
@@ -190,6 +191,7 @@ def test_nothing_to_differentiate_at_the_event():
     assert relative_difference(grad, expected) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("root_finder", [None, NEWTON], ids=["end", "root"])
 @pytest.mark.parametrize("save_at", ["ts-t1", "dense"])
 def test_no_event_is_no_difference(root_finder, save_at):
@@ -234,6 +236,7 @@ def test_before_the_first_step(solver, root_finder):
     assert jnp.array_equal(jax.jit(jax.grad(loss))(Y0), jnp.array([2.0, 2.0]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("controller", ["constant", "pid"])
 def test_in_the_first_step(controller):
     def loss(adjoint, params):
@@ -258,6 +261,7 @@ BALL = diffrax.ODETerm(lambda t, y, args: jnp.stack([y[1], -args]))
 LANDS = lambda t, y, args, **kwargs: y[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("t1", [5.0, jnp.inf], ids=["finite", "infinite"])
 @pytest.mark.parametrize("controller", ["constant", "pid"])
 def test_falling_ball(t1, controller):
@@ -318,6 +322,7 @@ def test_start_and_event_time(controller):
     assert abs(jax.jit(jax.grad(time))(jnp.array(0.5)) - 1) < 1e-8
 
 
+@pytest.mark.long
 def test_bouncing_ball():
     # Solves one after another, each from where the one before has ended: its event
     # time is the next `t0`, and is differentiated.
@@ -357,6 +362,7 @@ def test_bouncing_ball():
 #
 
 
+@pytest.mark.long
 def test_condition_reads_the_vector_field():
     # Stops where the first component is largest; the terms are handed to the condition
     # by diffrax, and so it depends on all that they hold.
@@ -448,6 +454,7 @@ def test_steady_state_of_tolerances():
     assert grad[1] == 0
 
 
+@pytest.mark.long
 def test_discrete_terminating_event():
     # diffrax's older interface to the same.
     event = diffrax.DiscreteTerminatingEvent(lambda state, **kwargs: state.y[0] < 0.2)
@@ -463,6 +470,7 @@ def test_discrete_terminating_event():
     assert relative_difference(ours, expected) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("event", ["real-newton", "boolean"])
 def test_backwards_in_time(event):
     def loss(adjoint, params):
@@ -491,6 +499,7 @@ def test_backwards_in_time(event):
     assert (grad[2] != 0) == (event == "real-newton")
 
 
+@pytest.mark.long
 def test_stochastic():
     path = diffrax.VirtualBrownianTree(0.0, 3.0, 0.1, (), jax.random.key(1))
 
@@ -554,6 +563,7 @@ def _batched_loss(kind, save_at, controller, adjoint, y0, k, level, size):
     return everything(sol)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind,save_at,controller",
     [
@@ -576,6 +586,7 @@ def test_batch_with_some_events(kind, save_at, controller):
     agree(total, (Y0, jnp.array(1.7), LEVELS))
 
 
+@pytest.mark.long
 def test_gradient_for_each_element():
     fn = ft.partial(_batched_loss, "root", "ts-t1", "pid")
     k = jnp.array(1.7)
@@ -587,6 +598,7 @@ def test_gradient_for_each_element():
         assert relative_difference([x[i] for x in batched], expected) < TOL
 
 
+@pytest.mark.long
 def test_batched_start():
     # The start is batched and differentiated, and `y0` is an integer.
     def end(t0):
@@ -611,6 +623,7 @@ def test_batched_start():
     assert relative_difference(jac, (jnp.full(3, 0.5), jnp.full(3, 0.5))) < 1e-8
 
 
+@pytest.mark.long
 def test_condition_with_a_batch_inside():
     def loss(adjoint, y0):
         largest = lambda t, y, args, **kwargs: jnp.max(jax.vmap(lambda y: y - 1)(y))
@@ -648,6 +661,7 @@ def test_wrong_conditions(cond_fn, message):
         solve(ADJOINT, PARAMS, diffrax.Event(cond_fn))
 
 
+@pytest.mark.long
 def test_second_derivative_at_an_event():
     solver = dfxr.UReversible(diffrax.Heun(), 0.999)
     y0, tangent = jnp.array([1.0, 0.0]), jnp.array([0.7, -0.4])
@@ -704,6 +718,7 @@ def test_root_finder_fails():
     assert jnp.all(jnp.isfinite(grad))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_steps", [1, 3])
 def test_last_step_rejected(max_steps):
     # In a batch diffrax interpolates in the last step of an element without an event,
@@ -738,6 +753,7 @@ def test_last_step_rejected(max_steps):
         gradient(True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [diffrax.Heun(), RK])
 def test_events_end_no_segment_of_others(solver):
     # What an element of a batch would do after its event is no reason for the others to

@@ -69,6 +69,7 @@ def test_hare_lynx(run_quick, capsys):
     assert "alpha" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_least_squares(run_quick, monkeypatch, capsys):
     # (It takes the data from `hare_lynx.py`.)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -96,6 +97,7 @@ def test_nuts(run_quick, monkeypatch, capsys):
     assert "smoke test" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_pharmacology(run_quick, monkeypatch, capsys):
     # (It takes `compare` from `pinene.py`.)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -106,6 +108,7 @@ def test_pharmacology(run_quick, monkeypatch, capsys):
     assert "smoke test" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_pinene(run_quick, capsys):
     rates, table = run_quick("pinene.py")
     (expected, *_), (grad, *_) = table.values()
@@ -118,6 +121,7 @@ def test_pinene(run_quick, capsys):
     assert "published" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_ito_populations(run_quick, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     values, table = run_quick("ito_populations.py")

@@ -249,6 +249,7 @@ def test_solver_controller_term(name, controller, kind, seed, sign):
     _check(name, controller, "mixed", kind, seed, sign)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name,controller,saveat",
     [
@@ -290,6 +291,7 @@ def _linear_problem():
     return w, jnp.array([1.0, 0.5, -0.2])
 
 
+@pytest.mark.long
 def test_user_solvers_agree():
     # The same method by both routes, and `UReversible` written out with diffrax's Heun.
     def gradient(solver):
@@ -378,6 +380,7 @@ def test_closed_over(name):
     assert all(np.any(x != 0) for x in ours)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("coupling_parameter", ["auto", 0.999])
 def test_differentiated_solver_state(coupling_parameter):
     # A solve resumed with a solver state given by the user, and its gradient.
@@ -422,6 +425,7 @@ def test_differentiated_solver_state(coupling_parameter):
     assert relative_difference(ours, reference) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["UReversible-Heun", "ReversibleHeun"])
 def test_resumed_with_other_args(name):
     # What the solver kept from the first solve is not what it would find in the second.
@@ -460,6 +464,7 @@ def test_resumed_with_other_args(name):
     assert relative_difference(ours, reference) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("host", [diffrax.ReversibleHeun(), diffrax.LeapfrogMidpoint()])
 def test_host_instances(host):
     w, y0 = _linear_problem()
@@ -521,6 +526,7 @@ def test_unfinished():
     assert relative_difference(ours, reference) < TOL
 
 
+@pytest.mark.long
 def test_forward_over_reverse():
     w, y0 = _linear_problem()
 

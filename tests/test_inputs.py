@@ -116,6 +116,7 @@ def test_gradient_of_integers():
     assert jnp.isfinite(grad[1][1]) and grad[1][1] != 0
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Complex dtype support:UserWarning")
 @pytest.mark.parametrize(
     "solver,controller,save_at",
@@ -139,6 +140,7 @@ def test_complex(solver, controller, save_at):
     agree(loss, (y0, w))
 
 
+@pytest.mark.long
 @BOTH
 def test_leaves_of_different_precision(solver):
     # Times in single precision, or diffrax would make all of `y` of their precision.
@@ -180,6 +182,7 @@ def _without_x64():
     return jax.experimental.disable_x64()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("event", [False, True], ids=["end", "event"])
 @pytest.mark.parametrize("promotion", ["strict", "standard"])
 def test_single_precision(promotion, event):
@@ -272,6 +275,7 @@ def test_nothing_to_solve(y0, name):
         assert abs(grad - expected) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("coupling", ["auto", 0.999])
 def test_half_precision(coupling, dtype):
@@ -320,6 +324,7 @@ def test_half_precision(coupling, dtype):
 #
 
 
+@pytest.mark.long
 def test_args_with_other_things():
     # Strings, functions, modules, keys, booleans and integers.
     class Parameters(eqx.Module):
@@ -355,6 +360,7 @@ def test_args_with_other_things():
     assert jnp.all((grad[1]["table"] != 0) == jnp.array([[False], [True]]))
 
 
+@pytest.mark.long
 @BOTH
 def test_network(solver):
     # In the vector field as a module, and in a closure, and in `args`.
@@ -440,6 +446,7 @@ def test_term_of_the_user(solver, controller):
     agree(loss, params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["to_ode", "cubic", "solution"])
 def test_controlled(kind):
     ts = jnp.array([0.0, 0.3, 0.7, 1.0])
@@ -468,6 +475,7 @@ def test_controlled(kind):
     assert all(jnp.any(x != 0) for x in grad)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["operator", "diagonal"])
 @BOTH
 def test_diffusion_as_an_operator(kind, solver):

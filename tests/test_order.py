@@ -519,6 +519,7 @@ def test_line_or_cubic_of_the_base(interpolation_cls):
     assert dfxr.UReversible(Mine()).interpolation_cls is cubic
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "base,coupling_parameter,kind,saveat",
     [

@@ -384,7 +384,7 @@ Machine.TestCase.settings = hypothesis.settings(
     phases=[hypothesis.Phase.generate],
     report_multiple_bugs=False,
 )
-TestPrograms = Machine.TestCase
+TestPrograms = pytest.mark.long(Machine.TestCase)
 
 
 #
@@ -395,6 +395,7 @@ TestPrograms = Machine.TestCase
 NAMES = ["auto", "heun"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("frozen_first", [False, True])
 @pytest.mark.one_in(3)
@@ -414,6 +415,7 @@ def _vjp(program, fn):
     return lambda: assert_same(pull(one), expected(one))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*NAMES, "midpoint"])
 def test_two_pullbacks(name):
     solves, fn = (Solve(name, "jit"),), new(name)
@@ -424,6 +426,7 @@ def test_two_pullbacks(name):
     first()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.one_in(2)
 def test_after_a_refused_call(name):

@@ -419,6 +419,7 @@ def test_step_to():
         assert t_before == 0.0
 
 
+@pytest.mark.long
 def test_resumed():
     solver, y0 = dfxr.LeapfrogMidpoint(), jnp.array([1.0, 0.2])
     first = diffrax.diffeqsolve(PENDULUM, solver, 0.0, 1.0, 0.1, y0, saveat=ENDS)

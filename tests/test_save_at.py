@@ -292,6 +292,7 @@ def test_batch_of_ends(save_at):
 #
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
 @pytest.mark.parametrize("kept", [("solver_state",), ("controller_state",), "all"])
 @pytest.mark.one_in(3)
@@ -323,6 +324,7 @@ def test_resume(kept, solver):
     agree(loss, (Y0, W))
 
 
+@pytest.mark.long
 def test_resume_is_to_go_on():
     # With all that was kept, two solves are one.
     controller = diffrax.StepTo(jnp.array([0.0, 0.1, 0.3, 0.5, 0.6, 1.0]))
@@ -418,6 +420,7 @@ def test_made_jump_stays_static(controller):
     jax.block_until_ready(run(Y0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rejected", [None, 6])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.one_in(2)
@@ -459,6 +462,7 @@ def test_discontinuous_vector_field(sign, rejected):
 #
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kwargs",
     [dict(steps=True), dict(dense=True), dict(ts=TS, steps=2, t1=True)],
@@ -496,6 +500,7 @@ def test_max_steps_reached_raises():
         jax.block_until_ready(jax.jit(jax.grad(loss))(Y0))
 
 
+@pytest.mark.long
 def test_some_of_a_batch_run_out_of_steps():
     def loss(adjoint, params):
         def one(t1):
@@ -519,6 +524,7 @@ def test_some_of_a_batch_run_out_of_steps():
 #
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "controller,solver",
     [(None, RK), (JUMPS, RK), (PID, HEUN), (None, diffrax.LeapfrogMidpoint())],
@@ -538,6 +544,7 @@ def test_no_bound(controller, solver):
     assert relative_difference(unbounded, bounded) < TOL
 
 
+@pytest.mark.long
 def test_no_bound_in_a_batch():
     def loss(adjoint, params, max_steps=None):
         def one(t1):
@@ -587,6 +594,7 @@ def test_no_bound_on_what_is_saved(save_at):
 #
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ReversibleHeun", "StormerVerlet"])
 def test_given_evaluation(name):
     # It is a part of the first step, of its output, and of its derivative by `t0`.
@@ -622,6 +630,7 @@ def _nonlinear(t, y, args):
     return jtu.tree_map(lambda x: t * jnp.sin(2 * x), y)
 
 
+@pytest.mark.long
 def test_resumed_at_a_jump():
     # `made_jump` comes out of one solve and goes into the next.
     controller = diffrax.ClipStepSizeController(

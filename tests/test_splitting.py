@@ -88,6 +88,7 @@ def test_energy_of_a_method_that_is_not_symplectic():
     assert last > 3 * first
 
 
+@pytest.mark.long
 def test_gradient_of_many_steps():
     solver, per_period = dfxr.StormerVerlet(), 400
 

@@ -269,6 +269,7 @@ CONTROLLED = dfxr.UReversible(diffrax.Tsit5())
 CHECKPOINTING = diffrax.RecursiveCheckpointAdjoint()
 
 
+@pytest.mark.long
 def test_as_good_as_the_wrapped_solver():
     problem, adaptive = "van_der_pol", True
     base = solve(problem, diffrax.Tsit5(), diffrax.ForwardMode(), adaptive=adaptive)
@@ -325,6 +326,7 @@ def test_rejected_steps_leave_no_trace():
     assert jnp.allclose(sol.ys[:n], same.ys[:n], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_leaves_of_different_size():
     # A part that relaxes, next to one that oscillates and is larger by `1 / scale`.
     def solve(scale, solver, adjoint):
@@ -360,6 +362,7 @@ def test_leaves_of_different_size():
         assert abs(grad - base_grad) <= 1e-5 * abs(base_grad)
 
 
+@pytest.mark.long
 def test_without_error_estimate():
     # The classical method of order 4.
     tableau_ = diffrax.ButcherTableau(
@@ -383,6 +386,7 @@ def test_without_error_estimate():
         assert error(ours) <= 3 * error(base) + 1e-11
 
 
+@pytest.mark.long
 def test_small_solutions():
     # Decayed to 1e-30: its squares are no single precision numbers.
     def run(solver, adjoint):
@@ -430,6 +434,7 @@ def test_few_checkpoints(checkpoints):
     assert relative_difference(ours, expected) < 1e-9
 
 
+@pytest.mark.long
 def test_checkpoint_every():
     solver = GenericUReversible(0.9)
     every = dfxr.ReversibleAdjoint(checkpoints=4, checkpoint_every=25)
@@ -481,6 +486,7 @@ def _drifting(dtype, adjoint, num_steps_at_most=500):
     return eqx.filter_jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_drift_is_cured(dtype):
     # Each alone in its batch, and all together.
@@ -495,6 +501,7 @@ def test_drift_is_cured(dtype):
     assert relative_difference(run(params, num_steps), expected) < tol
 
 
+@pytest.mark.long
 def test_drift_is_there_to_be_cured(monkeypatch):
     # Or the test before shows nothing, where no step is recomputed.
     monkeypatch.setattr(verify, "tolerance", lambda y: 1e9)
@@ -535,6 +542,7 @@ def test_not_finite_on_the_way_back():
     assert abs(ours(jnp.array(0.1)) / expected(jnp.array(0.1)) - 1) < 1e-9
 
 
+@pytest.mark.long
 def test_gradient_not_finite():
     # The derivative of the square root at zero; also of one element of a batch.
     def loss(y0, throw):
@@ -621,6 +629,7 @@ def test_diagnose_other_solvers():
         dfxr.diagnose(term, diffrax.Tsit5(), 0, 1, 0.1, jnp.array(1.0))
 
 
+@pytest.mark.long
 def test_diagnose_prints():
     # `y1` decays: with a number for the coupling undoing a step amplifies rounding.
     term = diffrax.ODETerm(lambda t, y, args: jnp.stack([jnp.cos(t), -2 * y[1]]))

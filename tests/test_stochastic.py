@@ -407,6 +407,7 @@ class _CountedPath(diffrax.AbstractPath):
         return self.path.evaluate(self.count(t0), t1, left, **kwargs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "base,kind,num_drifts,num_diffusions",
     [(diffrax.SlowRK(), "general", 2, 5), (diffrax.ShARK(), "additive", 2, 2)],

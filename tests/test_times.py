@@ -48,6 +48,7 @@ Y0 = jnp.array([0.3, -0.2])
 FRACTIONS = jnp.array([0.0, 0.12, 0.5, 0.5, 0.77, 1.0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("controller", ["constant", "pid", "pid-dt0", "clip", "jump"])
 def test_quadratic(controller, sign):
@@ -102,6 +103,7 @@ def test_quadratic(controller, sign):
     assert all(jnp.all(x != 0) for x in jtu.tree_leaves(grad[2:]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_dense(sign):
     # Evaluated at times that are differentiated as well.
@@ -134,6 +136,7 @@ def test_dense(sign):
     assert relative_difference(grad, expected) < TOL
 
 
+@pytest.mark.long
 def test_resumed_at_a_time():
     # The vector field changes at `tm`, where one solve ends and another begins with
     # everything that the first has kept.
@@ -180,6 +183,7 @@ def test_resumed_at_a_time():
     assert abs(grad - expected) < TOL
 
 
+@pytest.mark.long
 def test_batch():
     # One of them makes no step; and each has its own times.
     def ours(t0, t1, ts):
@@ -406,6 +410,7 @@ def _params(sign=1.0, told=None, dt0=0.23, **kwargs):
     return Y0 + 1, sign * jnp.array([0.2, 1.3, dt0, *inside])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", AT_STEPS)
 @pytest.mark.one_in(4)
 def test_output_at_steps(name):
@@ -434,6 +439,7 @@ def test_finite_differences_at_steps():
         assert abs(g - numerical) < 1e-8
 
 
+@pytest.mark.long
 def test_second_derivative_at_steps():
     case = dict(saveat=diffrax.SaveAt(steps=2, fn=with_time), event=ENDS)
 
@@ -447,6 +453,7 @@ def test_second_derivative_at_steps():
     assert relative_difference(ours, expected) < TOL
 
 
+@pytest.mark.long
 def test_batch_at_steps():
     # Each with its own steps, until an event ends it.
     event = diffrax.Event(lambda t, y, args, **kwargs: y[1] < 0.2)
@@ -466,6 +473,7 @@ def test_batch_at_steps():
     agree(loss, (jnp.stack([y0, 0.4 * y0, 1.1 * y0]), times))
 
 
+@pytest.mark.long
 def test_resumed_at_steps():
     # The second solve goes on with the step size of the first.
     def loss(adjoint, params):
@@ -501,6 +509,7 @@ def _of_chosen(params, which=everything, **case):
     return which(_at_steps(ADJOINT, (y0, times), controller=pid, **case))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHOSEN)
 def test_chosen_steps(name):
     # Where an adaptive controller would make them otherwise is not known.
@@ -541,6 +550,7 @@ def _at_last_step(sol):
     return jnp.sum(sol.ys[sol.stats["num_accepted_steps"] - 1])
 
 
+@pytest.mark.long
 def test_chosen_steps_do_not_matter():
     # The loss is of the end alone; or the event does not happen; or it does at a root.
     never = diffrax.Event(lambda t, y, args, **kwargs: t > 9)
@@ -557,6 +567,7 @@ def test_chosen_steps_do_not_matter():
     assert grad[0] != 0 and grad[1] == 0
 
 
+@pytest.mark.long
 def test_chosen_steps_without_throw():
     # For the element of the batch that an event has ended.
     event = diffrax.Event(lambda t, y, args, **kwargs: (y[1] < 0.5) & (y[0] > 0))
@@ -576,6 +587,7 @@ def test_chosen_steps_without_throw():
 #
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_accurate_solve(sign):
     # y' = p y cos(t), solved well enough that it matters no more how.
@@ -610,6 +622,7 @@ def test_accurate_solve(sign):
     assert relative_difference(grad, jax.grad(exact)(params)) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [RK, HEUN], ids=["UReversible", "ReversibleHeun"])
 def test_finite_differences(solver):
     # Of a solve with many steps: what those inside of the interval do when its ends
@@ -642,6 +655,7 @@ def test_finite_differences(solver):
         assert abs(grad[i] - numerical) < 1e-3 * abs(numerical)
 
 
+@pytest.mark.long
 def test_second_derivative():
     # Forward over reverse, of a time.
     solver = dfxr.UReversible(diffrax.Heun(), 0.999)
@@ -697,6 +711,7 @@ def test_step_to(solver):
     assert jnp.all(grad != 0)
 
 
+@pytest.mark.long
 def test_where_the_vector_field_jumps():
     # What a controller is told of a jump, in order that the time of the jump can be
     # differentiated: the vector field has no derivative there, but the step that ends
@@ -853,6 +868,7 @@ def test_event_after_a_jump(threshold):
     assert abs(jax.jit(jax.grad(loss))(jnp.array(0.5)) - 2 / 3) < 1e-6
 
 
+@pytest.mark.long
 def test_nested_clip():
     # Controllers in a controller, each with times of its own.
     def loss(adjoint, params):
@@ -964,6 +980,7 @@ def test_every_solver(name):
     assert all(jnp.all(x != 0) for x in jtu.tree_leaves(grad))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_constant", [True, False])
 @pytest.mark.one_in(1)
 def test_slope_at_the_end(is_constant):

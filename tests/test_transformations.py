@@ -63,6 +63,7 @@ def loss_of(adjoint, w, y0, *args, **kwargs):
 #
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver,controller", [(RK, PID), (HEUN, CONSTANT)], ids=["UReversible", "Heun"]
 )
@@ -86,6 +87,7 @@ def test_pulled_back_twice():
     assert abs(jnp.sum(one) - jnp.vdot(g, tangent)) < TOL
 
 
+@pytest.mark.long
 def test_equinox():
     class Model(eqx.Module):
         w: jax.Array
@@ -121,6 +123,7 @@ def test_has_aux():
     assert sol.stats["num_accepted_steps"] > 0
 
 
+@pytest.mark.long
 def test_without_jit():
     with jax.disable_jit():
         grad = jax.grad(lambda y0: loss_of(ADJOINT, W, y0, max_steps=8))(Y0)
@@ -145,6 +148,7 @@ def test_stop_gradient():
 B = jnp.array([0.3, 1.0, 2.0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("over", ["w", "y0", "times", "solver_state", "none"])
 def test_batch_over(over):
     # Of one argument, and of a gradient with respect to others; per example.
@@ -172,6 +176,7 @@ def test_batch_over(over):
         assert relative_difference([x[i] for x in batched], expected) < TOL
 
 
+@pytest.mark.long
 def test_batch_of_batches():
     # vmap(grad(sum of vmap)), each over something else, with per-element steps.
     def loss(adjoint, params):
@@ -226,6 +231,7 @@ def test_in_a_branch():
     agree(loss, (W, Y0))
 
 
+@pytest.mark.long
 def test_scan_with_an_event():
     # Several solves, of which each ends at its own event, and others in a batch.
     def loss(adjoint, params):
@@ -245,6 +251,7 @@ def test_scan_with_an_event():
     agree(loss, (W, Y0))
 
 
+@pytest.mark.long
 def test_training_loop():
     # Gradient descent within one compiled loop.
     target = jnp.array([0.2, 0.9])
@@ -285,6 +292,7 @@ def test_shooting():
 #
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver,controller,kwargs",
     [
@@ -385,6 +393,7 @@ def _in_mode(is_ours, solver, mode, around, within):
     return AROUND[around](MODES[mode](WITHIN[within](value)))(W, Y0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mode,around,within",
     [
@@ -440,6 +449,7 @@ def test_ordered_effects(mode, capfd):
     assert capfd.readouterr().out.count("at ") >= 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make,batched",
     [(diffrax.TextProgressMeter, True), (diffrax.TqdmProgressMeter, False)],
@@ -499,6 +509,7 @@ def test_progress_of_repeated_steps(monkeypatch):
     assert relative_difference(grad, jax.jit(jax.grad(loss(64)))(W)) < TOL
 
 
+@pytest.mark.long
 def test_callback_in_a_vector_field():
     seen = []
 
@@ -534,6 +545,7 @@ def test_other_transformations_of_a_compiled_gradient():
 #
 
 
+@pytest.mark.long
 def test_many_devices():
     # The number of devices is fixed when JAX starts.
     script = """

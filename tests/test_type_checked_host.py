@@ -7,7 +7,10 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 
+
+@pytest.mark.long
 def test_gradients():
     # In a process of its own, as whatever is imported already is not checked any more.
     script = """

@@ -222,6 +222,7 @@ def test_evaluate_not_shared():
         solve(Wrong(1.0), Y0, jnp.array(1.3), dfxr.ReversibleAdjoint())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver",
     [Recorded(1.0, True), dfxr.LeapfrogMidpoint(), Forgetful()],
@@ -258,6 +259,7 @@ def test_elements_that_finish_early(solver):
     assert relative_difference(ours, expected) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("coupling_parameter", [0.9, "auto"])
 def test_hessian(coupling_parameter):
     # Forward over reverse, batched.

@@ -108,6 +108,7 @@ def test_vmap(solver, nesting, controller):
     assert relative_difference(*derivatives) < TOL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", SOLVERS, ids=["UReversible", "ReversibleHeun"])
 def test_finished_elements_do_nothing(solver):
     # One element takes few steps and ends where going on would be a disaster: the
@@ -237,6 +238,7 @@ def test_elements_of_other_lengths(solver, adjoint, ks, steps):
     assert abs(jnp.vdot(grad, jnp.cos(ks)) - expected) < TOL * jnp.sum(jnp.abs(grad))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpoints", [16, 24])
 @pytest.mark.parametrize(
     "solver,rtol",
