@@ -663,6 +663,13 @@ def test_diagnose_prints():
     again = diagnose(CONTROLLED, checkpoints=int(match[1]))
     assert again.recomputed.max() <= 1 and lines(again)[2] == "Nothing is to be done."
 
+    # At the limit of stability.
+    term = diffrax.ODETerm(lambda t, y, args: -39 * y)
+    steps, _, todo = lines(diagnose(CONTROLLED))
+    assert steps.startswith("160 steps, mostly not undone, the others well: ")
+    assert todo.startswith("To save time, use a solver that undoes nothing, such as")
+
+    term = diffrax.ODETerm(lambda t, y, args: jnp.stack([jnp.cos(t), -2 * y[1]]))
     forgetful = dfxr.UReversible(diffrax.Heun(), 0.7)
     badly = diagnose(forgetful)
     steps, states, todo = lines(badly)

@@ -81,8 +81,13 @@ class Diagnosis(eqx.Module):
         # (Not if it is NaN.)
         is_well = bool(self.drift[worst] <= self.tolerance)
         how = "well" if is_well else "badly"
+        # (A step that is not undone wants its state to be stored.)
+        is_mostly_recomputed = 2 * wanted > n
+        undone = f"undone {how}"
+        if is_mostly_recomputed:
+            undone = f"mostly not undone, the others {how}"
         steps = (
-            f"{n} steps, undone {how}: the largest drift is {self.drift[worst]:.1e}, "
+            f"{n} steps, {undone}: the largest drift is {self.drift[worst]:.1e}, "
             f"at t = {self.ts[worst]:.4g}."
         )
         states = (
@@ -99,6 +104,11 @@ class Diagnosis(eqx.Module):
                 f"`ReversibleAdjoint(checkpoint_every={self._steps_undone_well()})`",
                 "a solver that wants states where it needs them, as "
                 "`UReversible(diffrax.Tsit5())`",
+            ]
+        elif is_mostly_recomputed:
+            remedies = [
+                "a solver that undoes nothing, such as `diffrax.Tsit5()` in the place "
+                "of `UReversible(diffrax.Tsit5())`"
             ]
         elif np.max(self.recomputed) > 1:
             # (For the states of as many segments as one has steps.)
