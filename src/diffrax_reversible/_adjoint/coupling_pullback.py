@@ -33,6 +33,91 @@ from .pullback import (
 _SMALL = 1 / 64
 
 
+class _Shared(NamedTuple):
+    """What all couplings of a step are given."""
+
+    fns: Functions
+    fixed: PyTree
+    # The first arguments of shifts: the constant ones, and the others.
+    constant: tuple
+    varying: tuple
+    # `None` if the control is among the constant ones.
+    pull_control: Callable | None
+
+    @classmethod
+    def of(cls, fns: Functions, step: Step, fixed: PyTree) -> "_Shared":
+        constant, times = fns.split_times((fixed,), (step.t0, step.t1))
+        control, pull = fns.vjp("control", constant, times)
+        if fns.times_vary or fns.depends("control"):
+            return cls(fns, fixed, constant, (*times, control), pull)
+        return cls(fns, fixed, (*constant, control), times, None)
+
+    def shift(self, k: int, others: tuple[PyTree, ...], value: PyTree) -> PyTree:
+        arguments = (*self.constant, *self.varying, others, value)
+        shift, _ = self.fns.call(f"shift_{k}", *arguments)
+        return shift
+
+    def vjp_shift(self, k: int, others: tuple[PyTree, ...], value: PyTree):
+        """Of the shift and what it tells `finish`."""
+        varying = (*self.varying, others, value)
+        return self.fns.vjp(f"shift_{k}", self.constant, varying)
+
+
+class _Evaluated(NamedTuple):
+    """`evaluate` at the start of a step, and its linearisation."""
+
+    value: PyTree
+    residuals: PyTree
+    # With those of any step.
+    with_residuals: Callable
+
+
+class _Undone(NamedTuple):
+    """A coupling that has been undone, and what its pullback needs."""
+
+    shift: PyTree
+    # For `finish`.
+    info: dict[str, PyTree]
+    pull: Callable | None
+    scale: Any
+    pull_scale: Callable | None
+    # The register that it updates, before that.
+    unscaled: PyTree
+
+
+class _Total:
+    """The gradients of what all couplings of a step share, so far."""
+
+    def __init__(self, shared: _Shared):
+        self._times_vary = shared.fns.times_vary
+        self._pull_control = shared.pull_control
+        self._control: PyTree = None
+        self.consts: dict[int, Any] = {}
+        self.times: tuple = (None, None)
+
+    def add_consts(self, new: dict[int, Any]) -> None:
+        for i, g in new.items():
+            self.consts[i] = tree_add(self.consts.get(i), g)
+
+    def add_times(self, new: tuple) -> None:
+        if self._times_vary:
+            self.times = tree_add(self.times, new)
+
+    def add_shared(self, new: list[PyTree]) -> None:
+        """Those of `_Shared.varying`."""
+        if self._pull_control is not None:
+            *new, control = new
+            self._control = tree_add(self._control, control)
+        self.add_times(tuple(new))
+
+    def pull_control(self) -> None:
+        """To be called when there is no more to come."""
+        if self._pull_control is not None:
+            new, grad_times = self._pull_control(self._control)
+            self.add_consts(new)
+            self.add_times(grad_times)
+
+
 class CouplingPullback(AbstractPullback):
     solver: AbstractCouplingSolver
 
@@ -88,7 +173,7 @@ class CouplingPullback(AbstractPullback):
                 read.append(k)
         return max(read, default=0)
 
-    def _known(self, shared: "_Shared", start: Start) -> list[tuple]:
+    def _known(self, shared: _Shared, start: Start) -> list[tuple]:
         """The registers before each coupling, from the start of the step: as far as
         what is found from its end might be on the other side of a kink, or is lost."""
         registers0, value, *_ = self.solver.split(start.y, start.solver_state)
@@ -184,7 +269,7 @@ class CouplingPullback(AbstractPullback):
             return self.fallback
         return self
 
-    def _scale(self, shared: "_Shared", k: int):
+    def _scale(self, shared: _Shared, k: int):
         """The scale, and a function that takes its gradient to the constants."""
         coupling, fns, fixed = self.couplings[k], shared.fns, shared.fixed
         if not callable(coupling.scale):
@@ -269,12 +354,12 @@ class CouplingPullback(AbstractPullback):
 
     def _undo_all(
         self,
-        shared: "_Shared",
+        shared: _Shared,
         step: Step,
         start: Start,
         end: Registers,
         want_dense_info: bool,
-    ) -> tuple[list["_Undone"], tuple[PyTree, ...], "_Evaluated | None"]:
+    ) -> tuple[list[_Undone], tuple[PyTree, ...], _Evaluated | None]:
         """Undoes a step. Returns also the registers at its start, and what is evaluated
         there, if anything."""
         registers = self.solver._unpermute(end.registers)
@@ -302,7 +387,7 @@ class CouplingPullback(AbstractPullback):
                 undone[k] = undone[k]._replace(unscaled=unscaled)
         return undone, tuple(registers), evaluated
 
-    def _evaluate(self, fns, t0, others, start: Start) -> "_Evaluated":
+    def _evaluate(self, fns, t0, others, start: Start) -> _Evaluated:
         """`evaluate` at the start of a step."""
         arguments = self._evaluate_arguments(fns, t0, others)
         value, residuals, with_residuals = fns.linearise("evaluate", *arguments)
@@ -312,14 +397,14 @@ class CouplingPullback(AbstractPullback):
 
     def _undo(
         self,
-        shared: "_Shared",
+        shared: _Shared,
         k: int,
         registers: list[PyTree],
         others: tuple[PyTree, ...],
         value: PyTree,
         want_dense_info: bool,
         is_asked: Any,
-    ) -> "_Undone":
+    ) -> _Undone:
         """Undoes a coupling, in place. Anything will do if it is a constant, and what
         it is undone to is not asked for."""
         coupling = self.couplings[k]
@@ -338,12 +423,12 @@ class CouplingPullback(AbstractPullback):
 
     def _pull_all(
         self,
-        undone: list["_Undone"],
+        undone: list[_Undone],
         grads: list[PyTree],
         grad_infos: tuple,
         grad_value1: PyTree,
         pull_value1: Callable | None,
-        total: "_Total",
+        total: _Total,
     ) -> PyTree:
         """Pulls the gradients of the registers back through a step, in place. Returns
         that of the value at its start."""
@@ -363,7 +448,7 @@ class CouplingPullback(AbstractPullback):
         return grad_value0
 
     def _pull(
-        self, k: int, undone: "_Undone", grads: list, grad_info, total: "_Total"
+        self, k: int, undone: _Undone, grads: list, grad_info, total: _Total
     ) -> PyTree:
         """Pulls gradients back through a coupling, in place. Returns that of the value
         which it shares with the next step."""
@@ -394,91 +479,6 @@ def _if(pred, call: Callable) -> PyTree:
     struct = jax.eval_shape(call)
     zeros = lambda: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
     return lax.cond(pred, call, zeros)
-
-
-class _Shared(NamedTuple):
-    """What all couplings of a step are given."""
-
-    fns: Functions
-    fixed: PyTree
-    # The first arguments of shifts: the constant ones, and the others.
-    constant: tuple
-    varying: tuple
-    # `None` if the control is among the constant ones.
-    pull_control: Callable | None
-
-    @classmethod
-    def of(cls, fns: Functions, step: Step, fixed: PyTree) -> "_Shared":
-        constant, times = fns.split_times((fixed,), (step.t0, step.t1))
-        control, pull = fns.vjp("control", constant, times)
-        if fns.times_vary or fns.depends("control"):
-            return cls(fns, fixed, constant, (*times, control), pull)
-        return cls(fns, fixed, (*constant, control), times, None)
-
-    def shift(self, k: int, others: tuple[PyTree, ...], value: PyTree) -> PyTree:
-        arguments = (*self.constant, *self.varying, others, value)
-        shift, _ = self.fns.call(f"shift_{k}", *arguments)
-        return shift
-
-    def vjp_shift(self, k: int, others: tuple[PyTree, ...], value: PyTree):
-        """Of the shift and what it tells `finish`."""
-        varying = (*self.varying, others, value)
-        return self.fns.vjp(f"shift_{k}", self.constant, varying)
-
-
-class _Evaluated(NamedTuple):
-    """`evaluate` at the start of a step, and its linearisation."""
-
-    value: PyTree
-    residuals: PyTree
-    # With those of any step.
-    with_residuals: Callable
-
-
-class _Undone(NamedTuple):
-    """A coupling that has been undone, and what its pullback needs."""
-
-    shift: PyTree
-    # For `finish`.
-    info: dict[str, PyTree]
-    pull: Callable | None
-    scale: Any
-    pull_scale: Callable | None
-    # The register that it updates, before that.
-    unscaled: PyTree
-
-
-class _Total:
-    """The gradients of what all couplings of a step share, so far."""
-
-    def __init__(self, shared: _Shared):
-        self._times_vary = shared.fns.times_vary
-        self._pull_control = shared.pull_control
-        self._control: PyTree = None
-        self.consts: dict[int, Any] = {}
-        self.times: tuple = (None, None)
-
-    def add_consts(self, new: dict[int, Any]) -> None:
-        for i, g in new.items():
-            self.consts[i] = tree_add(self.consts.get(i), g)
-
-    def add_times(self, new: tuple) -> None:
-        if self._times_vary:
-            self.times = tree_add(self.times, new)
-
-    def add_shared(self, new: list[PyTree]) -> None:
-        """Those of `_Shared.varying`."""
-        if self._pull_control is not None:
-            *new, control = new
-            self._control = tree_add(self._control, control)
-        self.add_times(tuple(new))
-
-    def pull_control(self) -> None:
-        """To be called when there is no more to come."""
-        if self._pull_control is not None:
-            new, grad_times = self._pull_control(self._control)
-            self.add_consts(new)
-            self.add_times(grad_times)
 
 
 def comparable(solver: AbstractReversibleSolver, y: PyTree, solver_state: PyTree):
