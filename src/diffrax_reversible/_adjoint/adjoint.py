@@ -51,7 +51,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     values inside a stage are much larger than `y`, as of wide layers, those of one
     stage are kept at a time (for one more evaluation a stage, if it is an explicit
     Runge--Kutta solver for ODEs, or `UReversible` of one), and it has been up to 1.6
-    times; or 2 to 5, if the weights of several layers are in one array.
+    times; or 2 to 5, if the weights of several layers are in one array. (On CPUs from
+    JAX 0.12 on: before it XLA keeps those of all stages, up to 7 times.)
 
     A [`diffrax.VirtualBrownianTree`][] is asked for its value at the end of each step
     of a solve, and once more where the step is recomputed: not at the starts of steps,
