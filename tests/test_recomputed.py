@@ -19,7 +19,8 @@ import optimistix
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan
+from diffrax_reversible._adjoint import coupling_pullback, plan, recomputed
+from diffrax_reversible._method import explicit_rk
 
 from .derivatives import agree, everything
 from .helpers import relative_difference
@@ -267,6 +268,38 @@ def test_memory_of_wide_layers():
     _, few = gradient(dfxr.ReversibleAdjoint())
     _, more = gradient(dfxr.ReversibleAdjoint(), max_steps=10_000)
     assert more > 1.5 * few
+
+
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        diffrax.Tsit5(),
+        diffrax.Tsit5(scan_kind="lax"),
+        dfxr.UReversible(diffrax.Bosh3()),
+    ],
+    ids=["unrolled", "in a loop", "undone"],
+)
+def test_stages_that_are_recomputed(solver, monkeypatch):
+    # Of a system as small as this one they would not be.
+    monkeypatch.setattr(plan, "_OF_LOOPS", 0)
+    monkeypatch.setattr(plan, "_PART", 1.0)
+    monkeypatch.setattr(plan, "_PART_OF_CONSTS", 0.0)
+    seen, terms = [], explicit_rk.Checkpointed
+    check = lambda x: seen.append(x) or terms(x)
+    for module in (recomputed, coupling_pullback):
+        monkeypatch.setattr(module, "Checkpointed", check)
+    kwargs = dict(
+        solver=solver,
+        saveat=diffrax.SaveAt(ts=jnp.array([0.45, 0.8]), t1=True, dense=True),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            PID, jump_ts=jnp.array([0.6])
+        ),
+    )
+    agree(
+        lambda adjoint, params: everything(_solve(adjoint, params, **kwargs)), (Y0, W)
+    )
+    assert len(seen) > 0
 
 
 def test_effects_within_wide_layers():

@@ -163,7 +163,10 @@ class Hoisted:
 
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-_COSTLY = {"cos", "erf", "exp", "log", "log1p", "logistic", "pow", "sin", "tanh"}
+_COSTLY = {
+    *("cos", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "sin"),
+    *("tan", "tanh"),
+}
 
 
 # (Of a function that closes over nothing the jaxpr is not known.)
