@@ -946,22 +946,24 @@ def test_memory_of_forward_mode():
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
 def test_which_states_are_stored(size):
-    # Those of every so many segments, in any turn in which they come.
     slots = slots_.empty(size, jnp.array(0.0))
     keeping = slots_.Keeping.of(slots)
     add = jax.jit(slots_.Keeping.add)
-    stored, stride = [], 1
-    for k in range(1, 60):
+    spacings = set()
+    for k in range(1, 100):
         for pred in (False, True):
             keeping = add(keeping, jnp.array(k), jnp.array(3 * k), k + 0.5, pred)
-        if k % stride == 0 and len(stored) == size:
-            stored, stride = stored[2::3], 3 * stride
-        if k % stride == 0:
-            stored.append(k)
-        found = keeping.slots
+        found, every = keeping.slots, int(keeping.every)
         used = found.order[: found.count]
-        assert found.numbers[used].tolist() == [3 * k for k in stored]
+        stored = [int(n) // 3 for n in found.numbers[used]]
         assert found.states[used].tolist() == [k + 0.5 for k in stored]
         assert sorted(found.order.tolist()) == list(range(size))
-    # A third of the slots are always in use.
-    assert len(stored) >= size // 3
+        # Wide where the solve began, and a third of that up to here.
+        gaps = np.diff([0, *stored])
+        assert gaps.tolist() == sorted(gaps.tolist(), reverse=True)
+        assert set(gaps.tolist()) <= {3 * every, every}
+        assert k - max(stored, default=0) < every
+        # In as many slots as there can be.
+        assert len(stored) >= min(k // every, size - 2)
+        spacings.add(every)
+    assert spacings >= {1, 3, 9}

@@ -259,10 +259,16 @@ def _recomputed(
     """How often each step is recomputed: by segments of this `length`, see `Segments`;
     of the last `num_rows` of which there is a record."""
     n = len(is_marked)
-    stack, spacing = [], 1
+    # (As `Keeping` does.)
+    stack, spacing, num_wide = [], 1, 0
     for k in range(1, -(-n // length)):
         if k % spacing == 0 and len(stack) >= num_slots:
-            stack, spacing = stack[2::3], 3 * spacing
+            if num_slots - num_wide >= 3:
+                del stack[num_wide : num_wide + 2]
+                num_wide += 1
+            else:
+                del stack[num_wide:]
+                spacing, num_wide = 3 * spacing, 0
         if k % spacing == 0 and len(stack) < num_slots:
             stack.append(k * length)
     out, last = np.zeros(n, int), max(n - 1, 0) // length

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._method.tree import tree_where
-from .index import put, rem, take
+from .index import put, rem, take, take_all
 
 
 class Slots(NamedTuple):
@@ -63,33 +63,45 @@ def empty(size: int, state: PyTree) -> Slots:
 
 class Keeping(NamedTuple):
     """Which states are stored, if it is not known how many there will be: those at the
-    starts of all segments; once the slots are full, of every third one; and so on. So
-    they are always spread evenly; and if a segment has an odd number of steps, then
-    there are always an odd number between two of them. (What goes wrong in every other
-    step, as a sign that a `backward_step` forgets, would be right after an even number
-    of them.)"""
+    starts of all segments. Once the slots are full they are thinned from the bottom,
+    and no more than is needed: of three states the last is left. So all slots are in
+    use, and the spacing is wide where the solve began, and a third of that where it has
+    got to. (Once it is wide throughout it begins anew, with three times the spacing.)
+
+    If a segment has an odd number of steps, then there are always an odd number between
+    two states. (What goes wrong in every other step, as a sign that a `backward_step`
+    forgets, would be right after an even number of them.)"""
 
     slots: Slots
-    # Those segments whose number is a multiple of this.
+    # Of the segments those whose number is a multiple of this are stored; and of the
+    # states at the bottom so many are left from three.
     every: Array
+    num_wide: Array
 
     @classmethod
     def of(cls, slots: Slots) -> "Keeping":
-        return cls(slots, jnp.ones_like(slots.count))
+        zero = jnp.zeros_like(slots.count)
+        return cls(slots, zero + 1, zero)
 
     def add(self, k: Array, number: Array, state: PyTree, pred: Array) -> "Keeping":
         """If `pred`, the start of the `k`th segment, which is that of the step with
         this `number`."""
-        slots, every = self.slots, self.every
+        slots, every, wide = self
         pred = pred & (rem(k, every) == 0)
         is_full = pred & (slots.count == slots.size)
-        # (The slots that are freed come last; no state is copied.)
-        order = slots.order
-        thinned = jnp.concatenate([order[2::3], order[0::3], order[1::3]])
+        thins = is_full & (slots.size - wide >= 3)
+        is_wide = is_full & ~thins
+        # (The two slots that are freed come last, as those that are free do; no state
+        # is copied.)
+        places = jnp.arange(slots.size)
+        after = jnp.where(places < slots.size - 2, places + 2, places + 2 - slots.size)
+        freed = after + jnp.where(places < slots.size - 2, 0, wide)
+        places = jnp.where(thins & (places >= wide), freed, places)
+        count = jnp.where(thins, slots.count - 2, slots.count)
         slots = slots._replace(
-            order=jnp.where(is_full, thinned, order),
-            count=jnp.where(is_full, slots.size // 3, slots.count),
+            order=take_all(slots.order, places), count=jnp.where(is_wide, wide, count)
         )
-        every = jnp.where(is_full, 3 * every, every)
+        every = jnp.where(is_wide, 3 * every, every)
+        wide = jnp.where(is_wide, 0, wide + jnp.where(thins, 1, 0))
         pred = pred & (rem(k, every) == 0)
-        return Keeping(slots.push(number, state, pred), every)
+        return Keeping(slots.push(number, state, pred), every, wide)
