@@ -19,7 +19,7 @@ import optimistix
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import coupling_pullback, plan, recomputed
+from diffrax_reversible._adjoint import coupling_pullback, plan, recomputed, slots
 from diffrax_reversible._method import explicit_rk
 
 from .derivatives import agree, everything
@@ -471,6 +471,54 @@ def test_batch_with_steps_of_their_own(solver, sums):
         return jax.jit(jax.grad(loss))(W)
 
     assert relative_difference(gradient(ours), gradient(CHECKPOINTING)) < TOL
+
+
+@pytest.mark.parametrize("undoes", [False, True])
+def test_batch_stores_together(undoes, monkeypatch):
+    # Each element has rejected steps of its own, and the first is at rest.
+    solver = dfxr.UReversible(diffrax.Heun()) if undoes else diffrax.Heun()
+    num_stores, num = [], 9
+    add = slots.Keeping.add
+
+    def counted(keeping, k, number, state, pred):
+        jax.debug.callback(lambda x: num_stores.append(bool(x)), eqxi.unvmap_any(pred))
+        return add(keeping, k, number, state, pred)
+
+    monkeypatch.setattr(slots.Keeping, "add", counted)
+
+    def loss(adjoint, mu):
+        def one(y0):
+            field = lambda t, y, mu: jnp.stack(
+                [y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]]
+            )
+            sol = diffrax.diffeqsolve(
+                *(diffrax.ODETerm(field), solver, 0.0, 6.0, 0.5, y0, mu),
+                stepsize_controller=diffrax.PIDController(rtol=1e-2, atol=1e-3),
+                adjoint=adjoint,
+                max_steps=256,
+            )
+            stats = sol.stats
+            return jnp.sum(sol.ys), (stats["num_steps"], stats["num_accepted_steps"])
+
+        starts = jnp.stack([jnp.linspace(0.0, 2.5, 4), jnp.linspace(0.0, 1.0, 4)], 1)
+        out, stats = jax.vmap(one)(starts)
+        return jnp.sum(out), stats
+
+    def gradient(adjoint):
+        grad = jax.jit(jax.grad(ft.partial(loss, adjoint), has_aux=True))
+        out = grad(6.0)
+        jax.effects_barrier()
+        return out
+
+    grad, (attempted, accepted) = gradient(dfxr.ReversibleAdjoint(checkpoints=num))
+    expected, _ = gradient(CHECKPOINTING)
+    assert relative_difference(grad, expected) < TOL
+    share_out = plan.share_out_undone if undoes else plan.share_out_recomputed
+    _, length = share_out(num if undoes else float(num), 256)
+    assert jnp.sum(attempted - accepted) > 2 * length
+    # Fewer than there would be one by one.
+    most = jnp.max(attempted) // length
+    assert 3 <= sum(num_stores) <= most < jnp.sum((accepted - 1) // length)
 
 
 @pytest.mark.long

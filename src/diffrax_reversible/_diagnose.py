@@ -446,7 +446,7 @@ def _lost(steps: _Steps, segments: Segments):
     def one(k):
         places = jnp.minimum(k * length + jnp.arange(length), steps.max_steps)
         t_first, t1 = steps.starts.t_prev[places[0]], steps.starts.t1[places]
-        return Uniform.of(t_first, t1).differs(t_first, t1)
+        return jnp.any(Uniform.of(t_first, t1).differs(t_first, t1))
 
     return lax.map(one, jnp.arange(num))
 

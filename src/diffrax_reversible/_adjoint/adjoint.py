@@ -35,11 +35,13 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     [`diffrax.SemiImplicitEuler`][] and [`diffrax.LeapfrogMidpoint`][].
 
     **Segments:** The state at every `n`th step is stored; if there is no more room then
-    that at every `3n`th, and so on. The backward pass goes from one of these segments
-    to the one before. It recomputes the steps of a segment, from the last stored state
-    before it, with the step size controller; and then it differentiates each at its
-    start. So a step costs one more step, and one with its pullback. (Of the last `n`
-    steps nothing is recomputed, and so of no step of a short solve.)
+    of the earliest of these every third is left, and so on. (In a batch the states of
+    all elements are stored when the first has made `n` steps.) The backward pass goes
+    from one of these segments to the one before. It recomputes the steps of a segment,
+    from the last stored state before it, with the step size controller; and then it
+    differentiates each at its start. So a step costs one more step, and one with its
+    pullback. (Of the last `n` steps nothing is recomputed, and so of no step of a short
+    solve.)
 
     By default as many states are stored as take 0.6 of the memory of the checkpoints of
     [`diffrax.RecursiveCheckpointAdjoint`][], for each element of a batch; or up to all

@@ -17,7 +17,6 @@ none waits for another.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -33,7 +32,7 @@ from .pullback import Start, Step
 from .residuals import Ends, Residuals
 from .segments import Segments, Stored
 from .slots import Slots
-from .step_record import Starts
+from .step_record import Marks, Recorder, Starts, StepRecord
 from .vmap import tree_where_active
 
 
@@ -52,6 +51,8 @@ class Backward(NamedTuple):
 class Check(NamedTuple):
     """What is known of the states that have been rebuilt."""
 
+    # The number of the segment at hand, as far as there is a record.
+    k: Array
     # The number of the last step whose start was known.
     since: Array
     # Whether what the pullback carries belongs to the state at hand. (A batch has it as
@@ -138,17 +139,17 @@ class Walk:
         self._recompute_fn = recompute_fn
         self._has_stored = has_stored
         self._initial = segments.stored(init_state, init_state.tprev)
-        self._static = segments.static(init_state)
         # Unless no step is undone.
         self._recorder = segments.recorder if has_stored else None
 
     def run(self) -> Backward:
         residuals, ends = self._residuals, self._ends
         # (Those of the last segment are there from the way forward.)
-        slots, starts, y, solver_state = residuals.slots, residuals.starts, *ends[:2]
+        slots = residuals.slots.sealed()
+        starts, y, solver_state = residuals.starts, *ends[:2]
         if not self._has_stored:
             starts = self._segments.empty_starts(self._init_state)
-            slots = slots._replace(count=jnp.zeros_like(slots.count))
+            slots = slots.emptied(True)
             n, top = ends.num_steps, self._initial
             end, starts, slots = self._recompute(n, True, slots, top, starts)
             y, solver_state = end.y, end.solver_state
@@ -162,7 +163,9 @@ class Walk:
     def _new_check(self, is_whole: Array) -> Check:
         """At the end of the solve."""
         no, noise = jnp.array(False), jnp.zeros((), precision(self._ends.y).dtype)
-        return Check(self._ends.num_steps, ~no, noise, no, is_whole)
+        assert self._residuals.marks is not None
+        k = self._residuals.marks.num_recorded
+        return Check(k, self._ends.num_steps, ~no, noise, no, is_whole)
 
     def _goes_on(self, backward: Backward) -> Array:
         carry, check = backward.carry, backward.check
@@ -199,6 +202,7 @@ class Walk:
         if check is not None:
             num = n - carry.num_steps
             check = check._replace(
+                k=check.k - 1,
                 since=jnp.where(segment.is_known, carry.num_steps, check.since),
                 is_primed=~eqxi.unvmap_any(num != eqxi.unvmap_max(num)),
             )
@@ -216,8 +220,7 @@ class Walk:
 
         # (Not of what is stored: a branch would copy it.)
         carry, check = lax.cond(again, from_end, lambda *old: old, carry, check)
-        none = jnp.zeros_like(slots.count)
-        slots = slots._replace(count=jnp.where(again, none, slots.count))
+        slots = slots.emptied(again)
         return Backward(carry, slots, starts, is_lost & ~again, check)
 
     def _segment(
@@ -226,19 +229,18 @@ class Walk:
         """The steps before that with the number `n`: as they are there, or recorded, or
         recomputed."""
         length, last = self._segments.length, jnp.maximum(n - 1, 0)
-        slots = slots.pop((slots.top() >= n) & (slots.count > 0))
+        slots = slots.before(n)
         top: Stored = slots.top_state(self._initial)
         # Whether their states are there from the way forward.
         is_there, is_known = n == self._ends.num_steps, jnp.array(True)
-        if check is None:
-            # The last ones that have been made, whichever segment they are of.
-            first = jnp.maximum(n - length, jnp.where(is_there, 0, slots.top()))
-        else:
-            k = div(last, length)
-            first = k * length
+        # The last ones that have been made, whichever segment they are of.
+        first = jnp.maximum(n - length, jnp.where(is_there, 0, slots.top()))
+        if check is not None:
             is_there = is_there & ~check.is_whole
-            is_known = check.is_whole | is_there | self._is_marked(k)
-            starts = self._load(starts, slots, top, k, first, ~is_known)
+            is_known = check.is_whole | is_there | self._is_marked(check.k)
+            first = self._first(check, first)
+            is_read = ~is_known & (first < n)
+            starts = self._load(starts, slots, top, check.k, first, is_read)
         is_new = is_known & ~is_there & (n > 0)
         end, starts, slots = self._recompute(n, is_new, slots, top, starts)
         return _Segment(first, last, starts, slots, is_known, slots.top(), is_new, end)
@@ -266,18 +268,30 @@ class Walk:
 
     def _at(self, starts: Starts, number: Array) -> _At:
         at: Starts = take(starts, self._segments.place(number))
-        static = (self._static.y, self._static.solver_state)
-        return _At(at, *eqx.combine((at.y, at.solver_state), static))
+        return _At(at, *self._with_static(at.y, at.solver_state))
+
+    def _with_static(self, *state: PyTree) -> tuple[PyTree, PyTree]:
+        return self._segments.with_static(self._init_state, *state)
 
     #
     # What has been recorded, and what has been rebuilt
     #
 
     def _is_marked(self, k: Array) -> Array:
+        recorder, steps, marks = self._record()
+        return recorder.is_marked(steps, k, marks)
+
+    def _first(self, check: Check, otherwise: Array) -> Array:
+        """The first step of the segment at hand, if that is recorded."""
+        recorder, steps, marks = self._record()
+        is_lost = check.is_whole | recorder.is_lost(check.k, marks)
+        return jnp.where(is_lost, otherwise, recorder.first(steps, check.k, marks))
+
+    def _record(self) -> tuple[Recorder, StepRecord, Marks]:
         residuals = self._residuals
         assert self._recorder is not None
         assert residuals.steps is not None and residuals.marks is not None
-        return self._recorder.is_marked(residuals.steps, k, residuals.marks)
+        return self._recorder, residuals.steps, residuals.marks
 
     def _load(
         self,
@@ -290,9 +304,9 @@ class Walk:
     ) -> Starts:
         """If `pred`, the steps of a segment, from the record; with the state at its
         start, if that is the one on `top` of the `slots`."""
-        assert self._recorder is not None and self._residuals.steps is not None
+        recorder, steps, _ = self._record()
         order = self._segments.order(first)
-        starts = self._recorder.load(self._residuals.steps, starts, order, k, pred)
+        starts = recorder.load(steps, starts, order, k, pred)
         place, here = self._segments.place(first), pred & (slots.top() == first)
         y = put(starts.y, place, top.y, here)
         solver_state = put(starts.solver_state, place, top.solver_state, here)
@@ -310,8 +324,7 @@ class Walk:
         is_stored, stored, _ = at_end
         known = arrays((segment.end.y, segment.end.solver_state))
         known = tree_where(is_stored, (stored.y, stored.solver_state), known)
-        known = eqx.combine(known, (self._static.y, self._static.solver_state))
-        return known, is_stored | segment.is_new
+        return self._with_static(*known), is_stored | segment.is_new
 
     def _last_differs(self, starts: Starts) -> Array:
         """Whether the last step is undone to something else than its start, which is

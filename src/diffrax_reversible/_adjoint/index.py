@@ -1,5 +1,6 @@
-"""Numbers that are known not to be negative, and indices that are in bounds too. `jnp`
-asks about that wherever one is used, which XLA compiles over and over."""
+"""Numbers that are known not to be negative, and indices that are in bounds too: `jnp`
+asks about that wherever one is used, which XLA compiles over and over. And arrays that
+are carried as one."""
 
 from typing import Any
 
@@ -7,6 +8,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 
@@ -47,6 +49,25 @@ def put(tree: PyTree, i: Array, new: PyTree, pred: Any) -> PyTree:
         return lax.dynamic_update_index_in_dim(old, x, i, 0)
 
     return jtu.tree_map(one, new, tree)
+
+
+def pack(tree: PyTree) -> list[Array]:
+    """All arrays of each dtype, in one."""
+    return [ravel_pytree(xs)[0] for xs in _of_dtypes(tree).values()]
+
+
+def unpack(packed: list[Array], example: PyTree) -> PyTree:
+    """The inverse of `pack`, to the structure of the example."""
+    pairs = zip(_of_dtypes(example).items(), packed, strict=True)
+    parts = {dtype: iter(ravel_pytree(xs)[1](x)) for (dtype, xs), x in pairs}
+    return jtu.tree_map(lambda x: next(parts[x.dtype]), example)
+
+
+def _of_dtypes(tree: PyTree) -> dict[Any, list[Array]]:
+    out = {}
+    for x in jtu.tree_leaves(tree):
+        out.setdefault(x.dtype, []).append(x)
+    return out
 
 
 def _unsigned(i: Array) -> Array:

@@ -125,8 +125,7 @@ class Problem(NamedTuple):
         dims = dims[len(dims) - self.size :]
         inputs, ends, residuals, _ = self.numbers
         steps = (ends.num_steps, ends.tprev, ends.saved, residuals.slots.numbers)
-        stored = residuals.slots.states
-        steps = (steps, stored.tprev, stored.tnext, inputs.times.saved)
+        steps = (steps, residuals.slots.states.steps, inputs.times.saved)
         return any(dims[i] is not None for i in jtu.tree_leaves(steps))
 
 

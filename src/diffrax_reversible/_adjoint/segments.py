@@ -1,9 +1,14 @@
 """How a solve is made, and recomputed: what is stored of it, and the loops forwards.
 
 On the way forward the state is stored at the start of every `length`th step, while
-there is room; and then of every third of these, and so on. The starts of the last steps
-are all kept, so that of a short solve nothing has to be recomputed. From a stored state
-it is the host's own loop that makes the steps again, with the step size controller.
+there is room; and then they are thinned out. The starts of the last steps are all kept,
+so that of a short solve nothing has to be recomputed. From a stored state it is the
+host's own loop that makes the steps again, with the step size controller.
+
+The elements of a batch reach a step with some number at different times, as each has
+steps rejected of its own. If each stored its state just then, that would be nearly all
+the time, and the others would wait. So a segment ends for all of them with the first
+that has made `length` steps: those of the others may be shorter.
 """
 
 from collections.abc import Callable
@@ -19,7 +24,7 @@ from .._jax_compat import eqxi
 from .._method.tree import arrays, replace, statics, stop_gradient, tree_where
 from . import slots as slots_
 from .hoist import Hoister
-from .index import div, put, rem, take, take_all
+from .index import div, pack, put, rem, take, take_all, unpack
 from .noise import Noise, Value
 from .pullback import AbstractPullback
 from .residuals import Residuals
@@ -33,11 +38,10 @@ class Stored(NamedTuple):
 
     y: PyTree
     solver_state: PyTree
-    tprev: Array
-    tnext: Array
     made_jump: Any
-    controller_state: PyTree
-    t_last: Array
+    # The end of the step before, `tprev`, `tnext` and the state of the controller,
+    # packed: each array that a loop carries costs time.
+    steps: list[Array]
 
 
 class _Made(NamedTuple):
@@ -94,55 +98,39 @@ class Segments:
         made_jump = None
         if self.made_jump is not False:
             made_jump = jnp.asarray(state.made_jump)
-        stored = Stored(
-            state.y,
-            self.pullback.stored(state.solver_state),
-            state.tprev,
-            state.tnext,
-            made_jump,
-            state.controller_state,
-            t_last,
-        )
-        return arrays(stored)
+        solver_state = self.pullback.stored(state.solver_state)
+        y, solver_state = arrays((state.y, solver_state))
+        return Stored(y, solver_state, made_jump, pack(_steps(state, t_last)))
 
-    def resumed(self, terms, args, init_state, number: Array, arrays: Stored):
-        """The host's state, at the start of the step with that number."""
-        initial = init_state.solver_state
-        old = self.static(init_state)
-        stored: Stored = eqx.combine(arrays, old)
+    def resumed(self, terms, args, init_state, number: Array, stored: Stored):
+        """The host's state, at the start of the step with that number; and the end of
+        the step before."""
+        y, solver_state = self.with_static(init_state, stored.y, stored.solver_state)
+        example = _steps(init_state, init_state.tprev)
+        t_last, tprev, tnext, controller_state = unpack(stored.steps, example)
         number = number.astype(jnp.result_type(init_state.num_steps))
-        made_jump = init_state.made_jump
-        return replace(
+        initial, made_jump = init_state.solver_state, init_state.made_jump
+        state = replace(
             init_state,
-            y=stored.y,
+            y=y,
             solver_state=self.pullback.resumed(
-                terms,
-                args,
-                stored.tprev,
-                stored.y,
-                stored.solver_state,
-                initial,
-                number == 0,
+                terms, args, tprev, y, solver_state, initial, number == 0
             ),
-            tprev=stored.tprev,
-            tnext=stored.tnext,
+            tprev=tprev,
+            tnext=tnext,
             made_jump=made_jump if stored.made_jump is None else stored.made_jump,
-            controller_state=stored.controller_state,
+            controller_state=eqx.combine(
+                controller_state, statics(init_state.controller_state)
+            ),
             num_steps=number,
             num_accepted_steps=number,
         )
+        return state, t_last
 
-    def static(self, init_state) -> Stored:
-        stored = Stored(
-            init_state.y,
-            self.pullback.stored(init_state.solver_state),
-            init_state.tprev,
-            init_state.tnext,
-            None,
-            init_state.controller_state,
-            init_state.tprev,
-        )
-        return statics(stored)
+    def with_static(self, init_state, y: PyTree, solver_state: PyTree):
+        """What is stored of these, with what is not an array."""
+        stored = self.pullback.stored(init_state.solver_state)
+        return eqx.combine((y, solver_state), statics((init_state.y, stored)))
 
     def empty_slots(self, init_state) -> Slots:
         stored = self.stored(init_state, init_state.tprev)
@@ -172,13 +160,8 @@ class Segments:
         increments = increments if self._has_increments else []
         stored = self.stored(state, t_last)
         return Starts(
-            stored.t_last,
-            stored.tprev,
-            stored.tnext,
-            stored.made_jump,
-            stored.y,
-            stored.solver_state,
-            increments,
+            *(t_last, state.tprev, state.tnext, stored.made_jump),
+            *(stored.y, stored.solver_state, increments),
         )
 
     #
@@ -200,13 +183,13 @@ class Segments:
 
         def recompute(times, number, stored, stop, slots, stride, starts):
             terms, args = of_terms
-            state = self.resumed(terms, args, bare_state, number, stored)
+            state, t_last = self.resumed(terms, args, bare_state, number, stored)
             return self._recompute(
                 cond,
                 located(times, body),
                 state,
                 buffers=buffers,
-                t_last=stored.t_last,
+                t_last=t_last,
                 stop=stop,
                 slots=slots,
                 stride=stride,
@@ -238,38 +221,40 @@ class Segments:
                 out = out & (state.num_steps < max_steps)
             return out
 
-        def is_due(n):
-            return (rem(n, self.length) == 0) & records
+        def is_due(n, first):
+            return (n - first == self.length) & records
 
-        def visit(made, kept, due):
-            keeping, steps = kept
+        def visit(made, kept, pred, first):
+            keeping, steps, k = kept
             marks, n = made.marks, made.state.num_accepted_steps
-            k = div(n, self.length)
             if self.num_slots > 0:
                 stored = stop_gradient(self.stored(made.state, made.t_last))
-                keeping = keeping.add(k, n, stored, due)
+                keeping = keeping.add(k + 1, n, stored, pred)
             if recorder is not None:
-                k = jnp.maximum(k - 1, 0)
-                starts, solver_state = self._segment(made, k), made.state.solver_state
-                row = recorder.row(starts, solver_state, marks.is_marked)
-                steps = recorder.write(steps, row, k, due)
+                starts, solver_state = self._from(made, first), made.state.solver_state
+                row = recorder.row(starts, solver_state, marks.is_marked, first, n)
+                steps = recorder.write(steps, row, k, pred)
                 marks = marks._replace(
-                    is_marked=marks.is_marked & ~due,
-                    num_recorded=jnp.where(due, k + 1, marks.num_recorded),
+                    is_marked=marks.is_marked & ~pred,
+                    num_recorded=jnp.where(pred, k + 1, marks.num_recorded),
+                    first=jnp.where(pred, n, marks.first),
                 )
-            return made._replace(marks=marks), (keeping, steps)
+            kept = keeping, steps, k + jnp.where(pred, 1, 0)
+            return made._replace(marks=marks), kept
 
         marks = steps = None
         if recorder is not None:
             marks = recorder.no_marks(init_state)
             steps = recorder.empty(init_state, self.length)
         starts = self.empty_starts(init_state)
-        made, (keeping, steps) = self._loop(
+        keeping = Keeping.of(self.empty_slots(init_state))
+        made, (keeping, steps, _) = self._loop(
             unfinished,
             body_fun,
             _Made(init_state, init_state.tprev, starts, marks, self._noise.no_values()),
-            (Keeping.of(self.empty_slots(init_state)), steps),
+            (keeping, steps, jnp.array(0)),
             is_due=is_due,
+            together=True,
             visit=visit,
             buffers=buffers,
             kept_buffers=lambda kept: [kept[0].slots.states, kept[1]],
@@ -309,12 +294,14 @@ class Segments:
             # (What the loop found out at first it will find out again.)
             return (state.num_accepted_steps < stop) & cond_fun(state)
 
-        def is_due(n):
-            return (n < stop - self.length) & (rem(n - first, stride) == 0)
+        def is_due(n, last):
+            is_next = (rem(n - first, stride) == 0) & (n > last)
+            return is_next & (n < stop - self.length)
 
-        def visit(made, slots, due):
+        def visit(made, slots, pred, last):
+            del last
             n, stored = made.state.num_accepted_steps, self.stored(*made[:2])
-            return made, slots.push(n, stored, due)
+            return made, slots.push(n, stored, pred)
 
         made, slots = self._loop(
             unfinished,
@@ -322,6 +309,8 @@ class Segments:
             _Made(init_state, t_last, starts, None, self._noise.no_values()),
             slots,
             is_due=is_due,
+            # (Each has its own number of free slots.)
+            together=False,
             visit=visit,
             buffers=buffers,
             kept_buffers=lambda slots: [slots.states],
@@ -339,19 +328,22 @@ class Segments:
         kept: PyTree,
         *,
         is_due: Callable,
+        together: bool,
         visit: Callable,
         buffers: Callable,
         kept_buffers: Callable,
         keep: Callable,
         records: Any,
     ) -> tuple["_Made", PyTree]:
-        """The host's loop. Where the number of steps `is_due`, `visit(made, kept, due)`
-        puts something into `kept`, which is not touched in between. The start of each
-        step is put into `made.starts`, after `keep` has been applied to it."""
+        """The host's loop. If `is_due(n, last)`, of the number of steps and what that
+        was when it was due before, then `visit(made, kept, pred, last)` puts something
+        into `kept`, which is not touched in between: for all of a batch at once, if
+        `together`. The start of each step is put into `made.starts`, after `keep` has
+        been applied to it."""
 
-        def is_new(state, last):
-            n = state.num_accepted_steps
-            return is_due(n) & (n > last)
+        def due(made, active, last):
+            out = active & is_due(made.state.num_accepted_steps, last)
+            return active & eqxi.unvmap_any(out) if together else out
 
         def step(carry):
             (state, t_last, starts, marks, values), active = carry
@@ -384,7 +376,7 @@ class Segments:
             def inner_cond(carry):
                 made, active = carry
                 # A batch leaves this loop together.
-                return active & ~eqxi.unvmap_any(active & is_new(made.state, last))
+                return active & ~eqxi.unvmap_any(due(made, active, last))
 
             made, active = eqxi.while_loop(
                 inner_cond,
@@ -393,10 +385,9 @@ class Segments:
                 buffers=lambda carry: [*buffers(carry[0].state), carry[0].starts],
                 kind="lax",
             )
-            due = active & is_new(made.state, last)
-            n = made.state.num_accepted_steps
-            made, kept = visit(made, kept, due)
-            return made, kept, jnp.where(due, n, last)
+            pred, n = due(made, active, last), made.state.num_accepted_steps
+            made, kept = visit(made, kept, pred, last)
+            return made, kept, jnp.where(pred, n, last)
 
         made, kept, _ = eqxi.while_loop(
             lambda carry: unfinished(carry[0].state),
@@ -410,10 +401,14 @@ class Segments:
         )
         return made, kept
 
-    def _segment(self, made: "_Made", k: Array) -> Starts:
-        """The steps of the `k`th segment, in their order."""
-        places = self.place(k * self.length + jnp.arange(self.length))
+    def _from(self, made: "_Made", first: Array) -> Starts:
+        """The steps from that with the number `first` on, in their order."""
+        places = self.place(first + jnp.arange(self.length))
         return take_all(made.starts._replace(increments=[]), places)
+
+
+def _steps(state, t_last: Array) -> tuple[Array, Array, Array, PyTree]:
+    return t_last, state.tprev, state.tnext, arrays(state.controller_state)
 
 
 def _put(starts: Starts, start: Starts, place: Array, active, records) -> Starts:

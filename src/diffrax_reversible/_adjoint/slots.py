@@ -10,6 +10,9 @@ from .._method.tree import tree_where
 from .index import put, rem, take, take_all
 
 
+_NO_STEP = 2**31 - 1
+
+
 class Slots(NamedTuple):
     """A stack of states. Below it lies the start of the solve, which needs no slot."""
 
@@ -47,8 +50,23 @@ class Slots(NamedTuple):
             count=self.count + jnp.where(pred, 1, 0),
         )
 
-    def pop(self, pred: Array) -> "Slots":
-        return self._replace(count=self.count - jnp.where(pred, 1, 0))
+    def sealed(self) -> "Slots":
+        """Ready for `before`, for which the free slots have the number of no step."""
+        is_used = jnp.arange(self.size) < self.count
+        numbers = jnp.where(is_used, take_all(self.numbers, self.order), _NO_STEP)
+        numbers = jnp.zeros_like(numbers).at[self.order].set(numbers)
+        return self._replace(numbers=numbers)
+
+    def emptied(self, pred: Any) -> "Slots":
+        """Without all states, if `pred`."""
+        return self._replace(
+            numbers=jnp.where(pred, _NO_STEP, self.numbers),
+            count=jnp.where(pred, 0, self.count),
+        )
+
+    def before(self, number: Array) -> "Slots":
+        """Without the states from that step on, now and ever after."""
+        return self._replace(count=jnp.sum(self.numbers < number))
 
 
 def empty(size: int, state: PyTree) -> Slots:
@@ -68,9 +86,10 @@ class Keeping(NamedTuple):
     use, and the spacing is wide where the solve began, and a third of that where it has
     got to. (Once it is wide throughout it begins anew, with three times the spacing.)
 
-    If a segment has an odd number of steps, then there are always an odd number between
-    two states. (What goes wrong in every other step, as a sign that a `backward_step`
-    forgets, would be right after an even number of them.)"""
+    If all segments have an odd number of steps, as they do but in a batch with rejected
+    steps, then there are always an odd number between two states. (What goes wrong in
+    every other step, as a sign that a `backward_step` forgets, would be right after an
+    even number of them.)"""
 
     slots: Slots
     # Of the segments those whose number is a multiple of this are stored; and of the
@@ -84,8 +103,8 @@ class Keeping(NamedTuple):
         return cls(slots, zero + 1, zero)
 
     def add(self, k: Array, number: Array, state: PyTree, pred: Array) -> "Keeping":
-        """If `pred`, the start of the `k`th segment, which is that of the step with
-        this `number`."""
+        """If `pred`, the start of the `k`th segment (from 0 on), which is that of the
+        step with this `number`."""
         slots, every, wide = self
         pred = pred & (rem(k, every) == 0)
         is_full = pred & (slots.count == slots.size)

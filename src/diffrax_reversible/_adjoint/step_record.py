@@ -44,7 +44,8 @@ class StepRecord(NamedTuple):
     """Of the steps of a segment, along the last axis of `t1` and others; and of many
     segments, along a leading axis."""
 
-    # The end of the step before the first.
+    # The number of the first step, and the end of the step before it.
+    first: Any
     t_first: Any
     # The ends of the steps, as they are or as `Uniform`; and if there may be jumps,
     # their starts, and whether each follows one.
@@ -83,7 +84,7 @@ class Uniform(NamedTuple):
         return lax.scan(step, t_first, lengths)[1]
 
     def differs(self, t_first: Array, t1: Array) -> Array:
-        return jnp.any(self.ends(t_first) != t1)
+        return self.ends(t_first) != t1
 
     @staticmethod
     def _unit(t_first: Array, length: Array) -> Array:
@@ -100,9 +101,10 @@ class Marks(NamedTuple):
 
     # Of each leaf of `y`: which elements the last accepted step has left as they were.
     held: list[Array]
-    # Whether this segment is to be recomputed, as far as is known; and how many have
-    # been recorded.
+    # Whether this segment is to be recomputed, as far as is known; the number of its
+    # first step; and how many have been recorded.
     is_marked: Array
+    first: Array
     num_recorded: Array
     # How many states have been wanted so far.
     num_wanted: Array
@@ -157,6 +159,7 @@ class Recorder:
         if self.is_uniform:
             ends = Uniform(jnp.zeros_like(first), jnp.zeros(shape, jnp.int8))
         return StepRecord(
+            first=jnp.zeros(self.num_rows, jnp.int32),
             t_first=first,
             t1=ends,
             t0=times if self._has_jumps else None,
@@ -173,7 +176,7 @@ class Recorder:
         held = [
             jnp.zeros(x.shape, bool) for x, *_ in _elements(self._solver, init_state)
         ]
-        return Marks(held, jnp.array(False), jnp.array(0), jnp.array(0))
+        return Marks(held, jnp.array(False), *(jnp.array(0),) * 3)
 
     def mark(self, marks: Marks, state, new_state, t_last: Array) -> Marks:
         """After an attempted step. The step before it ended at `t_last`."""
@@ -196,21 +199,30 @@ class Recorder:
         if not self._has_jumps:
             # (Then a step is taken to start where the step before ended.)
             is_marked = is_marked | (accepted & (state.tprev != t_last))
-        return Marks(
-            [jnp.where(accepted, x, y) for x, y in zip(held, marks.held)],
-            marks.is_marked | is_marked,
-            marks.num_recorded,
-            marks.num_wanted + jnp.where(is_wanted, 1, 0),
+        return marks._replace(
+            held=[jnp.where(accepted, x, y) for x, y in zip(held, marks.held)],
+            is_marked=marks.is_marked | is_marked,
+            num_wanted=marks.num_wanted + jnp.where(is_wanted, 1, 0),
         )
 
-    def row(self, starts: Starts, solver_state: PyTree, is_marked: Array) -> StepRecord:
-        """Of a segment, from its steps."""
+    def row(
+        self,
+        starts: Starts,
+        solver_state: PyTree,
+        is_marked: Array,
+        first: Array,
+        stop: Array,
+    ) -> StepRecord:
+        """Of a segment, from its steps. (Those after its last are anything.)"""
         static = statics(solver_state)
         t_first, t1 = starts.t_prev[0], starts.t1
         if self.is_uniform:
             t1 = Uniform.of(t_first, t1)
-            is_marked = is_marked | t1.differs(t_first, starts.t1)
+            is_step = jnp.arange(len(starts.t1)) < stop - first
+            differs = t1.differs(t_first, starts.t1)
+            is_marked = is_marked | jnp.any(is_step & differs)
         return StepRecord(
+            first=first.astype(jnp.int32),
             t_first=t_first,
             t1=t1,
             t0=starts.t0 if self._has_jumps else None,
@@ -232,15 +244,26 @@ class Recorder:
     def is_marked(self, steps: StepRecord, k: Array, marks: Marks) -> Array:
         """Whether the `k`th segment is to be recomputed; as it is too if there is no
         record of it any more."""
-        is_lost = k < marks.num_recorded - self.num_rows
-        return is_lost | take(steps.is_marked, rem(k, self.num_rows))
+        is_marked = take(steps.is_marked, self._row(k))
+        return self.is_lost(k, marks) | is_marked
+
+    def is_lost(self, k: Array, marks: Marks) -> Array:
+        return k < marks.num_recorded - self.num_rows
+
+    def first(self, steps: StepRecord, k: Array, marks: Marks) -> Array:
+        """The number of the first step of the `k`th segment, if that is not lost."""
+        of_row = take(steps.first, self._row(k)).astype(marks.first.dtype)
+        return jnp.where(k == marks.num_recorded, marks.first, of_row)
+
+    def _row(self, k: Array) -> Array:
+        return rem(jnp.maximum(k, 0), self.num_rows)
 
     def load(
         self, steps: StepRecord, starts: Starts, order: Array, k: Array, pred: Array
     ) -> Starts:
         """If `pred`, the steps of the `k`th segment, without their states. `order` are
         the numbers of the steps within that segment, in the places of `starts`."""
-        row: StepRecord = take(steps, rem(k, self.num_rows))
+        row: StepRecord = take(steps, self._row(k))
         t1 = row.t1.ends(row.t_first) if self.is_uniform else row.t1
         t_prev = jnp.concatenate([row.t_first[None], t1[:-1]])
         t0 = row.t0 if self._has_jumps else t_prev
