@@ -230,15 +230,18 @@ class Walk:
         recomputed."""
         length, last = self._segments.length, jnp.maximum(n - 1, 0)
         slots = slots.before(n)
-        top: Stored = slots.top_state(self._initial)
         # Whether their states are there from the way forward.
         is_there, is_known = n == self._ends.num_steps, jnp.array(True)
         # The last ones that have been made, whichever segment they are of.
         first = jnp.maximum(n - length, jnp.where(is_there, 0, slots.top()))
         if check is not None:
+            first = self._first(check, first)
+            # (What was stored when others were recomputed may be within this one.)
+            slots = slots.before(jnp.minimum(first + 1, n))
+        top: Stored = slots.top_state(self._initial)
+        if check is not None:
             is_there = is_there & ~check.is_whole
             is_known = check.is_whole | is_there | self._is_marked(check.k)
-            first = self._first(check, first)
             is_read = ~is_known & (first < n)
             starts = self._load(starts, slots, top, check.k, first, is_read)
         is_new = is_known & ~is_there & (n > 0)
