@@ -874,7 +874,7 @@ def test_what_memory_is_given_to(size, max_steps, monkeypatch):
     assert size_of(record) <= 0.4 * of_host or segments.recorder.num_rows == 1
     assert segments.length % 2 == 1
     if size_of(states) > 2 * 2**16:
-        assert segments.num_slots == 16 and segments.length == 15
+        assert segments.num_slots == 11 and segments.length == 21
 
 
 def test_large_constants_are_given_little(monkeypatch):

@@ -70,9 +70,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     The rest, up to *Derivatives*, is about reversible solvers.
 
     **Reversible solvers:** The steps of a segment are undone, and differentiated on the
-    way; the docstring of each solver gives the evaluations. At most 16 states are
-    stored, and as many are kept of a segment (or as many as take 64 kB). Of each step
-    there is a record: one floating-point number (a byte with
+    way; the docstring of each solver gives the evaluations. At most 32 states are
+    kept (or as many as take 64 kB): a third of them is stored, and the others are those
+    of a segment. Of each step there is a record: one floating-point number (a byte with
     [`diffrax.ConstantStepSize`][]; two, and a byte, if there may be jumps), and what
     [`diffrax_reversible.AbstractReversibleSolver.recorded`][] selects (one byte for
     [`diffrax_reversible.UReversible`][]). It takes at most a fifth of the memory of the

@@ -31,10 +31,10 @@ _STAGES_OF_HOST = 2
 # Of the memory of constants (or that of half of the checkpoints, if that is less) so
 # much is counted too.
 _PART_OF_CONSTS = 1 / 6
-# If steps can be undone: how many states are stored, and as many of a segment, if they
-# take more than a few bytes; what part of that memory is taken for the record, or twice
-# that if steps are uniform (as all of them may fit then); and the most steps in it.
-_SLOTS_IF_LARGE = 16
+# If steps can be undone: half of how many states there are, if they take more than few
+# bytes; what part of that memory is taken for the record, or twice that if steps are
+# uniform (as all of them may fit then); and the most steps in it.
+_HALF_IF_LARGE = 16
 _FEW_BYTES = 2**16
 _PART_OF_RECORD = 0.2
 _MOST_STEPS = 2**16
@@ -192,13 +192,14 @@ def share_out_recomputed(
 
 
 def _undone(of_host: float, of_state: int, max_steps: int | None) -> tuple[int, int]:
-    """As many slots as steps of a segment; and an odd number of these, see
-    `Keeping`."""
-    num = int(_PART * of_host / of_state)
+    """Half as many slots as steps of a segment (measured: a segment costs as much time
+    as a few steps); and an odd number of these, see `Keeping`."""
+    half = int(_PART * of_host / of_state)
     if max_steps is not None:
-        num = min(num, math.ceil(math.sqrt(max_steps)))
-    num = max(min(num, max(_SLOTS_IF_LARGE, _FEW_BYTES // of_state)), 1)
-    return num, num - 1 + num % 2
+        half = min(half, math.ceil(math.sqrt(max_steps)))
+    half = max(min(half, max(_HALF_IF_LARGE, _FEW_BYTES // of_state)), 1)
+    length = half + half // 3
+    return half - half // 3, length - 1 + length % 2
 
 
 def _num_rows(
