@@ -129,7 +129,7 @@ def loss_of(
     if vmap is not None:
         y0 = jnp.broadcast_to(y0, (vmap, *y0.shape))
     if spread:
-        y0 = y0 + jnp.linspace(0, 0.5, vmap, dtype=dtype)[:, None]
+        y0 = y0 + jnp.linspace(0, 0.5, len(y0), dtype=dtype)[:, None]
 
     def loss(params, y0):
         def solve(y0, t1):
