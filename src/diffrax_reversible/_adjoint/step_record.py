@@ -327,7 +327,8 @@ def _elements(solver: AbstractReversibleSolver, state) -> list[tuple[Array, ...]
     trees = [state.y]
     if isinstance(solver, AbstractCouplingSolver):
         registers = solver.split(state.y, state.solver_state).registers
-        trees += [r for r in registers if same_struct(r, state.y)]
+        others = [r for r in registers if r is not state.y]
+        trees += [r for r in others if same_struct(r, state.y)]
     trees = stop_gradient(trees)
     leaves = map(jtu.tree_leaves, eqx.filter(trees, eqx.is_inexact_array))
     return list(zip(*leaves, strict=True))
