@@ -410,6 +410,43 @@ def test_before_a_step_that_cannot_be_undone(period, num_slots):
     assert relative_difference(ours, expected) < 400 * 10 * jnp.finfo(float).eps
 
 
+class OffByRounding(Inexact):
+    """Undone to a unit in the last place."""
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+        y0 = ((y1 + 4) - terms.vf_prod(t0, y1, args, t1 - t0)) - 4
+        return y0, dict(y0=y0, y1=y1), solver_state - 1
+
+
+def test_kink_between_elements():
+    # Of which two move alike, so that forwards they are always just as far apart.
+    eps = jnp.finfo(jnp.float64).eps
+
+    def loss(rate, adjoint):
+        def vector_field(t, y, rate):
+            strain = jax.nn.relu((y[0] - y[1]) - 3 * eps)
+            return jnp.zeros_like(y).at[:3].set([rate, 1.0, strain])
+
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            OffByRounding(10**9),
+            0.0,
+            0.5,
+            2.0**-11,
+            jnp.zeros(600).at[:2].set([1 + 3 * eps, 1.0]),
+            rate,
+            adjoint=adjoint,
+            max_steps=1024,
+        )
+        return sol.ys[0, 0] + sol.ys[0, 2]
+
+    ours, expected = [
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(1.0)
+        for adjoint in (dfxr.ReversibleAdjoint(), CHECKPOINTING)
+    ]
+    assert ours == expected
+
+
 #
 # What it does to the gradient
 #

@@ -353,18 +353,18 @@ class Walk:
         """Compares the state at hand with what it is known to be, and takes that."""
         adjoint_step, n = self._adjoint_step, carry.num_steps
         known, is_known = self._known(segment, at_end)
-        checks = check.is_rebuilt(carry) & is_known
+        found = verify.Found(
+            at_end.step_after.t0,
+            at_end.step_after.t1,
+            (carry.y1, carry.solver_state),
+            known,
+            (carry.y_seen, carry.solver_state),
+            # (Of the first step it is not known.)
+            n > 0,
+        )
+        checks = check.is_rebuilt(carry) & is_known & ~found.is_same(adjoint_step.fns)
 
         def compare():
-            found = verify.Found(
-                at_end.step_after.t0,
-                at_end.step_after.t1,
-                (carry.y1, carry.solver_state),
-                known,
-                (carry.y_seen, carry.solver_state),
-                # (Of the first step it is not known.)
-                n > 0,
-            )
             return verify.differs(
                 adjoint_step.fns,
                 found,

@@ -78,6 +78,16 @@ class Found(NamedTuple):
     def y(self) -> tuple[PyTree, PyTree]:
         return self.rebuilt[0], self.known[0]
 
+    def is_same(self, fns: Functions) -> Array:
+        """Whether they are just the same. (Not but for rounding: there may be a kink
+        where an element is, or where it is next to another.)"""
+        a, b = [
+            _arrays((state[0], fns.call("comparable", *state)))
+            for state in (self.rebuilt, self.known)
+        ]
+        same = [jnp.all(x == y) for x, y in zip(a, b, strict=True)]
+        return ft.reduce(jnp.logical_and, same, jnp.array(True))
+
     def differs(self, fns: Functions, change: PyTree, is_finite: Array) -> Array:
         """Whether they differ. `change` is that of `y` in the next step, or `None` if
         it is not known."""
