@@ -14,6 +14,7 @@ All elements of a batch go through their segments together, each through its own
 none waits for another.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from .residuals import Ends, Residuals
 from .segments import Segments, Stored
 from .slots import Slots
 from .step_record import Marks, Recorder, Starts, StepRecord
-from .vmap import tree_where_active
+from .vmap import as_batched, tree_where_active
 
 
 class Backward(NamedTuple):
@@ -68,6 +69,22 @@ class Check(NamedTuple):
     def is_rebuilt(self, carry: Carry) -> Array:
         """Whether the state at hand is."""
         return self.since > carry.num_steps
+
+
+def _of_each(backward: Backward, check: Check, is_marked: Array) -> Backward:
+    """An element of a batch goes its own way, if steps of its own are marked."""
+    own = ft.partial(as_batched, like=is_marked)
+    carry = backward.carry
+    carry = carry._replace(
+        num_steps=own(carry.num_steps),
+        t1=own(carry.t1),
+        t_after=own(carry.t_after),
+        solver_state=own(carry.solver_state),
+        grad_solver_state=own(carry.grad_solver_state),
+    )
+    check = check._replace(since=own(check.since))
+    slots, starts, is_lost = own((backward.slots, backward.starts, backward.is_lost))
+    return Backward(carry, slots, starts, is_lost, check)
 
 
 class _At(NamedTuple):
@@ -158,6 +175,8 @@ class Walk:
             check = self._new_check(eqxi.unvmap_any(self._last_differs(starts)))
         carry = self._adjoint_step.start(y, solver_state)
         backward = Backward(carry, slots, starts, jnp.array(False), check)
+        if residuals.marks is not None and check is not None:
+            backward = _of_each(backward, check, residuals.marks.is_marked)
         return lax.while_loop(self._goes_on, self._turn, backward)
 
     def _new_check(self, is_whole: Array) -> Check:

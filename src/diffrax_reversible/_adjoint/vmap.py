@@ -65,3 +65,13 @@ def tree_where_active(active, new, old):
     return jtu.tree_map(
         lambda a, b: where_active(active, a, b) if eqx.is_array(a) else a, new, old
     )
+
+
+def as_batched(tree, like):
+    """`tree`, of which a batch has one for each element if it has so of `like`, a
+    boolean: for what a loop begins with. (JAX batches the body of a loop again, and all
+    loops in it, where more of what it carries turns out to be batched.)"""
+    # (XLA removes it.)
+    return jtu.tree_map(
+        lambda x: lax.select(like, x, x) if eqx.is_array(x) else x, tree
+    )
