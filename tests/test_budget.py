@@ -111,8 +111,9 @@ def test_even_steps_are_recorded(dtype, t0, span, num_steps):
     n = jnp.arange(num_steps // length * length + 1)
     t = (t0 + span * (n / num_steps)).astype(dtype)
     t1 = t[1:].reshape(-1, length)
+    num = jnp.array(length)
     differs = jax.vmap(
-        lambda t_first, t1: jnp.any(Uniform.of(t_first, t1).differs(t_first, t1))
+        lambda t_first, t1: jnp.any(Uniform.of(t_first, t1, num).differs(t_first, t1))
     )
     found = differs(t[:-1:length], t1)
     is_resolved = 2**10 * jnp.finfo(dtype).eps * abs(t0 + span) < span / num_steps

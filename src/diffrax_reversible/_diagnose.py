@@ -446,7 +446,8 @@ def _lost(steps: _Steps, segments: Segments):
     def one(k):
         places = jnp.minimum(k * length + jnp.arange(length), steps.max_steps)
         t_first, t1 = steps.starts.t_prev[places[0]], steps.starts.t1[places]
-        return jnp.any(Uniform.of(t_first, t1).differs(t_first, t1))
+        uniform = Uniform.of(t_first, t1, jnp.array(length))
+        return jnp.any(uniform.differs(t_first, t1))
 
     return lax.map(one, jnp.arange(num))
 

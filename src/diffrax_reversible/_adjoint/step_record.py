@@ -9,9 +9,9 @@ import functools as ft
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._jax_compat import eqxi
@@ -63,33 +63,41 @@ class Uniform(NamedTuple):
     There is nothing but sums and a product with a power of two in this, so that what
     has been found to be right once is always so."""
 
-    # Of the first step.
+    # Of a step, in the mean.
     length: Any
-    # By how many units each step is longer than that.
+    # By how many units each step ends later than it would.
     excess: Any
 
     @classmethod
-    def of(cls, t_first: Array, t1: Array) -> "Uniform":
-        lengths = t1 - jnp.concatenate([t_first[None], t1[:-1]])
-        excess = (lengths - lengths[0]) / cls._unit(t_first, lengths[0])
-        return cls(lengths[0], jnp.clip(jnp.round(excess), -127, 127).astype(jnp.int8))
+    def empty(cls, t_first: Array, num_steps: int) -> "Uniform":
+        excess = jnp.zeros((*t_first.shape, num_steps), jnp.int8)
+        return cls(jnp.zeros_like(t_first), excess)
+
+    @classmethod
+    def of(cls, t_first: Array, t1: Array, num: Array) -> "Uniform":
+        """Of the first `num` of these steps. (Those after them are anything.)"""
+        out = cls.empty(t_first, len(t1))
+        num = jnp.maximum(num, 1)
+        t_last = take(t1, num - 1)
+        out = out._replace(length=(t_last - t_first) / num.astype(t1.dtype))
+        excess = jnp.round((t1 - out.ends(t_first)) / out._unit(t_first))
+        return out._replace(excess=jnp.clip(excess, -127, 127).astype(jnp.int8))
 
     def ends(self, t_first: Array) -> Array:
-        unit = self._unit(t_first, self.length)
-        lengths = self.length + unit * self.excess.astype(unit.dtype)
-
-        def step(t, length):
-            return t + length, t + length
-
-        return lax.scan(step, t_first, lengths)[1]
+        numbers, power = np.arange(1, len(self.excess) + 1), self.length
+        multiples = jnp.zeros(self.excess.shape, power.dtype)
+        while np.any(numbers > 0):
+            multiples = multiples + jnp.where(numbers % 2 == 1, power, 0)
+            numbers, power = numbers // 2, power + power
+        excess = self.excess.astype(multiples.dtype)
+        return (t_first + multiples) + self._unit(t_first) * excess
 
     def differs(self, t_first: Array, t1: Array) -> Array:
         return self.ends(t_first) != t1
 
-    @staticmethod
-    def _unit(t_first: Array, length: Array) -> Array:
+    def _unit(self, t_first: Array) -> Array:
         # (The times may get so much smaller as to be spaced half as far.)
-        return jnp.maximum(_spacing(t_first) / 2, _spacing(length))
+        return jnp.maximum(_spacing(t_first) / 2, _spacing(self.length))
 
 
 def _spacing(x: Array) -> Array:
@@ -157,7 +165,7 @@ class Recorder:
         first = jnp.full(self.num_rows, init_state.tprev)
         times = ends = jnp.full(shape, init_state.tprev)
         if self.is_uniform:
-            ends = Uniform(jnp.zeros_like(first), jnp.zeros(shape, jnp.int8))
+            ends = Uniform.empty(first, length)
         return StepRecord(
             first=jnp.zeros(self.num_rows, jnp.int32),
             t_first=first,
@@ -217,7 +225,7 @@ class Recorder:
         static = statics(solver_state)
         t_first, t1 = starts.t_prev[0], starts.t1
         if self.is_uniform:
-            t1 = Uniform.of(t_first, t1)
+            t1 = Uniform.of(t_first, t1, stop - first)
             is_step = jnp.arange(len(starts.t1)) < stop - first
             differs = t1.differs(t_first, starts.t1)
             is_marked = is_marked | jnp.any(is_step & differs)
@@ -248,7 +256,7 @@ class Recorder:
         return self.is_lost(k, marks) | is_marked
 
     def is_lost(self, k: Array, marks: Marks) -> Array:
-        return k < marks.num_recorded - self.num_rows
+        return marks.num_recorded - k > self.num_rows
 
     def first(self, steps: StepRecord, k: Array, marks: Marks) -> Array:
         """The number of the first step of the `k`th segment, if that is not lost."""
