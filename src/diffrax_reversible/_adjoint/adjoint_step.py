@@ -36,8 +36,9 @@ class Carry(NamedTuple):
     # The last state at hand that was known, or from which something was saved.
     y_seen: PyTree
     pullback: PyTree
-    # For each `SubSaveAt`.
-    saved: list[save.Saved]
+    # For each `SubSaveAt`; or `None`, if it is of output at `t0` and `t1` alone, or of
+    # none that has a gradient.
+    saved: list[Any]
     grad_y1: PyTree
     grad_solver_state: PyTree
     grad_consts: dict[int, Any]
@@ -101,6 +102,11 @@ class AdjointStep:
         self._grad_ys = [None if save.is_zero(s.ys) else s.ys for s in self._grad_saves]
         self._grad_dense_infos = _none_if_zero(grad_final_state.dense_infos)
         self._grad_event_info = _none_if_zero(grad_final_state.event_dense_info)
+        ts_perturbed = zip(times.saved, self._grad_ys, perturbed.saved, strict=True)
+        self._pulls_ts = [
+            ts is not None and (grad is not None or is_perturbed)
+            for ts, grad, is_perturbed in ts_perturbed
+        ]
         self._want_dense_info = (
             self._grad_dense_infos is not None
             or self._grad_event_info is not None
@@ -146,7 +152,12 @@ class AdjointStep:
             solver_state=solver_state,
             y_seen=y,
             pullback=self.pullback.prime(fns, t1, y, solver_state),
-            saved=ends.saved,
+            saved=[
+                saved if every != 0 or pulls_ts else None
+                for saved, every, pulls_ts in zip(
+                    ends.saved, self._steps, self._pulls_ts, strict=True
+                )
+            ],
             grad_y1=tree_add(grad_y1, new_y1),
             grad_solver_state=materialise(
                 grad_solver_state, eqx.filter(solver_state, eqx.is_inexact_array)
@@ -258,7 +269,7 @@ class AdjointStep:
             loses_time=carry.loses_time,
         )
 
-    def _seen(self, old: Carry, saved: list[save.Saved], active: Array) -> PyTree:
+    def _seen(self, old: Carry, saved: list[Any], active: Array) -> PyTree:
         """The new `Carry.y_seen`, from what was saved before this step."""
         # (`False` if that is known in advance.)
         is_seen: Any = self._grad_dense_infos is not None
@@ -372,8 +383,7 @@ class AdjointStep:
         self, i: int, carry: Carry, undone: _UndoneStep, within: _Within
     ) -> tuple[Carry, _Within]:
         """Of `SubSaveAt(ts=...)`: in between."""
-        ts, grad_ys = self._times.saved[i], self._grad_ys[i]
-        if ts is None or (grad_ys is None and not self._perturbed.saved[i]):
+        if not self._pulls_ts[i]:
             return carry, within
         number, t_prev, step, dense_info, active = undone
         saved, grad_consts, grad_ts, grad_dense_info, grad_t0, grad_t1 = save.pull_ts(
@@ -381,7 +391,7 @@ class AdjointStep:
             i,
             step,
             dense_info,
-            ts,
+            self._times.saved[i],
             # Saved here were those after the end of the step before.
             lambda t: active & ((number == 0) | (t > t_prev)),
             carry.saved[i],
