@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._compat import without_saving
@@ -152,7 +153,7 @@ class Segments:
     def order(self, first: Array) -> Array:
         """In each place of `Starts`: the number of the step there within the segment
         that begins with the `first`. (In the place that is left over, of the last.)"""
-        places, size = jnp.arange(self.length + 1), self.length + 1
+        places, size = jnp.asarray(np.arange(self.length + 1)), self.length + 1
         order = rem(places + size - self.place(first), size)
         return jnp.minimum(order, self.length - 1)
 
@@ -234,11 +235,7 @@ class Segments:
                 starts, solver_state = self._from(made, first), made.state.solver_state
                 row = recorder.row(starts, solver_state, marks.is_marked, first, n)
                 steps = recorder.write(steps, row, k, pred)
-                marks = marks._replace(
-                    is_marked=marks.is_marked & ~pred,
-                    num_recorded=jnp.where(pred, k + 1, marks.num_recorded),
-                    first=jnp.where(pred, n, marks.first),
-                )
+                marks = marks._replace(is_marked=marks.is_marked & ~pred)
             kept = keeping, steps, k + jnp.where(pred, 1, 0)
             return made._replace(marks=marks), kept
 
@@ -248,7 +245,7 @@ class Segments:
             steps = recorder.empty(init_state, self.length)
         starts = self.empty_starts(init_state)
         keeping = Keeping.of(self.empty_slots(init_state))
-        made, (keeping, steps, _) = self._loop(
+        made, (keeping, steps, k), first = self._loop(
             unfinished,
             body_fun,
             _Made(init_state, init_state.tprev, starts, marks, self._noise.no_values()),
@@ -265,8 +262,8 @@ class Segments:
         num_wanted = div(jnp.maximum(state.num_accepted_steps - 1, 0), self.length)
         if marks is not None:
             num_wanted = marks.num_wanted
-            # (These are of the size of `y`.)
-            marks = marks._replace(held=[])
+            # (The elements at rest are of the size of `y`.)
+            marks = marks._replace(held=[], num_recorded=k, first=first)
         slots = keeping.slots
         return state, Residuals(
             steps, marks, slots, num_wanted, made.t_last, made.starts
@@ -303,7 +300,7 @@ class Segments:
             n, stored = made.state.num_accepted_steps, self.stored(*made[:2])
             return made, slots.push(n, stored, pred)
 
-        made, slots = self._loop(
+        made, slots, _ = self._loop(
             unfinished,
             body_fun,
             _Made(init_state, t_last, starts, None, self._noise.no_values()),
@@ -334,12 +331,12 @@ class Segments:
         kept_buffers: Callable,
         keep: Callable,
         records: Any,
-    ) -> tuple["_Made", PyTree]:
+    ) -> tuple["_Made", PyTree, Array]:
         """The host's loop. If `is_due(n, last)`, of the number of steps and what that
         was when it was due before, then `visit(made, kept, pred, last)` puts something
         into `kept`, which is not touched in between: for all of a batch at once, if
         `together`. The start of each step is put into `made.starts`, after `keep` has
-        been applied to it."""
+        been applied to it. Returns also the last `last`."""
 
         def due(made, active, last):
             out = active & is_due(made.state.num_accepted_steps, last)
@@ -389,7 +386,7 @@ class Segments:
             made, kept = visit(made, kept, pred, last)
             return made, kept, jnp.where(pred, n, last)
 
-        made, kept, _ = eqxi.while_loop(
+        return eqxi.while_loop(
             lambda carry: unfinished(carry[0].state),
             outer_body,
             (made, kept, jnp.asarray(made.state.num_accepted_steps)),
@@ -399,7 +396,6 @@ class Segments:
             ],
             kind="lax",
         )
-        return made, kept
 
     def _from(self, made: "_Made", first: Array) -> Starts:
         """The steps from that with the number `first` on, in their order."""
