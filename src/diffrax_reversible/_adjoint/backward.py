@@ -56,6 +56,11 @@ class Check(NamedTuple):
     k: Array
     # The number of the last step whose start was known.
     since: Array
+    # Of the last stored state that was come by, `y` and the solver state; and of which
+    # step it is the start. (Read before the slots are written to, which would otherwise
+    # be copied.)
+    stored: tuple[PyTree, PyTree]
+    stored_at: Array
     # Whether what the pullback carries belongs to the state at hand. (A batch has it as
     # one whole: so it is lost to an element that waits for others.)
     is_primed: Array
@@ -82,9 +87,14 @@ def _of_each(backward: Backward, check: Check, is_marked: Array) -> Backward:
         solver_state=own(carry.solver_state),
         grad_solver_state=own(carry.grad_solver_state),
     )
-    check = check._replace(since=own(check.since))
+    since, stored, stored_at = own((check.since, check.stored, check.stored_at))
+    check = check._replace(since=since, stored=stored, stored_at=stored_at)
     slots, starts, is_lost = own((backward.slots, backward.starts, backward.is_lost))
     return Backward(carry, slots, starts, is_lost, check)
+
+
+def _state(at: Any) -> tuple[PyTree, PyTree]:
+    return at.y, at.solver_state
 
 
 class _At(NamedTuple):
@@ -108,24 +118,14 @@ class _Segment(NamedTuple):
     starts: Starts
     # Without those after the last step.
     slots: Slots
-    # Whether the states in `starts` are known. If not, then only that at the start of
-    # the step with the second number.
+    # Whether the states in `starts` are known. If not, then only the last one that is
+    # stored, at the start of the step with the second number: if it is of this segment.
     is_known: Array
-    lands_at: Array
+    stored: Stored
+    stored_at: Array
     # Whether they have been recomputed in this turn, and the host's state after that.
     is_new: Array
     end: Any
-
-
-class _AtEnd(NamedTuple):
-    """What there was at the end of these steps before the turn: it is read before the
-    slots and the starts are written to, as these would be copied otherwise."""
-
-    # Whether the state there is stored, and that on top of the slots.
-    is_stored: Array
-    stored: Stored
-    # The step that starts there.
-    step_after: Starts
 
 
 class Walk:
@@ -183,8 +183,10 @@ class Walk:
         """At the end of the solve."""
         no, noise = jnp.array(False), jnp.zeros((), precision(self._ends.y).dtype)
         assert self._residuals.marks is not None
-        k = self._residuals.marks.num_recorded
-        return Check(k, self._ends.num_steps, ~no, noise, no, is_whole)
+        k, n = self._residuals.marks.num_recorded, self._ends.num_steps
+        none = jnp.array(-1, n.dtype)
+        initial = _state(self._initial)
+        return Check(k, n, initial, none, ~no, noise, no, is_whole)
 
     def _goes_on(self, backward: Backward) -> Array:
         carry, check = backward.carry, backward.check
@@ -203,15 +205,12 @@ class Walk:
         if backward.check is not None:
             backward = self._begin_anew(backward, backward.check)
         carry, slots, starts, is_lost, check = backward
-        n, at_end = carry.num_steps, None
-        if check is not None:
-            at_end = self._at_end(n, slots, starts)
+        n = carry.num_steps
         segment = self._segment(n, slots, starts, check)
         is_lost = is_lost | (segment.is_new & self._is_lost(segment, carry, check))
         limit = segment.first
         if check is not None:
-            assert at_end is not None
-            carry, check = self._compare(carry, check, segment, at_end)
+            carry, check = self._compare(carry, check, segment)
             limit = jnp.where(check.has_failed, n, limit)
         carry = lax.while_loop(
             lambda carry: eqxi.unvmap_any(carry.num_steps > limit),
@@ -223,6 +222,8 @@ class Walk:
             check = check._replace(
                 k=check.k - 1,
                 since=jnp.where(segment.is_known, carry.num_steps, check.since),
+                stored=_state(segment.stored),
+                stored_at=segment.stored_at.astype(n.dtype),
                 is_primed=~eqxi.unvmap_any(num != eqxi.unvmap_max(num)),
             )
         return Backward(carry, segment.slots, segment.starts, is_lost, check)
@@ -257,15 +258,17 @@ class Walk:
             first = self._first(check, first)
             # (What was stored when others were recomputed may be within this one.)
             slots = slots.before(jnp.minimum(first + 1, n))
-        top: Stored = slots.top_state(self._initial)
+        stored_at, stored = slots.top(), slots.top_state(self._initial)
         if check is not None:
             is_there = is_there & ~check.is_whole
             is_known = check.is_whole | is_there | self._is_marked(check.k)
             is_read = ~is_known & (first < n)
-            starts = self._load(starts, slots, top, check.k, first, is_read)
+            is_here = is_read & (stored_at == first)
+            starts = self._load(starts, stored, check.k, first, is_read, is_here)
         is_new = is_known & ~is_there & (n > 0)
-        end, starts, slots = self._recompute(n, is_new, slots, top, starts)
-        return _Segment(first, last, starts, slots, is_known, slots.top(), is_new, end)
+        end, starts, slots = self._recompute(n, is_new, slots, stored, starts)
+        known = (is_known, stored, stored_at)
+        return _Segment(first, last, starts, slots, *known, is_new, end)
 
     def _recompute(
         self, n: Array, pred: Any, slots: Slots, top: Stored, starts: Starts
@@ -318,34 +321,29 @@ class Walk:
     def _load(
         self,
         starts: Starts,
-        slots: Slots,
-        top: Stored,
+        stored: Stored,
         k: Array,
         first: Array,
         pred: Array,
+        is_here: Array,
     ) -> Starts:
-        """If `pred`, the steps of a segment, from the record; with the state at its
-        start, if that is the one on `top` of the `slots`."""
+        """If `pred`, the steps of a segment, from the record; with the state that is
+        `stored`, if that `is_here`, at the start of the first."""
         recorder, steps, _ = self._record()
         order = self._segments.order(first)
         starts = recorder.load(steps, starts, order, k, pred)
-        place, here = self._segments.place(first), pred & (slots.top() == first)
-        y = put(starts.y, place, top.y, here)
-        solver_state = put(starts.solver_state, place, top.solver_state, here)
+        place = self._segments.place(first)
+        y = put(starts.y, place, stored.y, is_here)
+        solver_state = put(starts.solver_state, place, stored.solver_state, is_here)
         return starts._replace(y=y, solver_state=solver_state)
 
-    def _at_end(self, n: Array, slots: Slots, starts: Starts) -> _AtEnd:
-        stored: Stored = slots.top_state(self._initial)
-        return _AtEnd(slots.top() == n, stored, self._at(starts, n).starts)
-
     def _known(
-        self, segment: _Segment, at_end: _AtEnd
+        self, n: Array, check: Check, segment: _Segment
     ) -> tuple[tuple[PyTree, PyTree], Array]:
         """The state at the end of a segment, as it was stored or has been recomputed;
         and whether it was."""
-        is_stored, stored, _ = at_end
-        known = arrays((segment.end.y, segment.end.solver_state))
-        known = tree_where(is_stored, (stored.y, stored.solver_state), known)
+        is_stored = check.stored_at == n
+        known = tree_where(is_stored, check.stored, arrays(_state(segment.end)))
         return self._with_static(*known), is_stored | segment.is_new
 
     def _last_differs(self, starts: Starts) -> Array:
@@ -367,14 +365,16 @@ class Walk:
         return differs & (ends.num_steps > 0) & ~self._residuals.marks.is_marked
 
     def _compare(
-        self, carry: Carry, check: Check, segment: _Segment, at_end: _AtEnd
+        self, carry: Carry, check: Check, segment: _Segment
     ) -> tuple[Carry, Check]:
         """Compares the state at hand with what it is known to be, and takes that."""
         adjoint_step, n = self._adjoint_step, carry.num_steps
-        known, is_known = self._known(segment, at_end)
+        known, is_known = self._known(n, check, segment)
+        # (The next step is about as long.)
+        step = self._at(segment.starts, segment.last).starts
         found = verify.Found(
-            at_end.step_after.t0,
-            at_end.step_after.t1,
+            carry.t_after,
+            carry.t_after + (step.t1 - step.t0),
             (carry.y1, carry.solver_state),
             known,
             (carry.y_seen, carry.solver_state),
@@ -445,7 +445,7 @@ class Walk:
         start = Start(jnp.array(True), jnp.array(False), y, state, increments)
         if self._recorder is not None:
             is_rebuilt = eqxi.unvmap_any(active & ~is_known)
-            knows = is_known | ~active | (number == segment.lands_at)
+            knows = is_known | ~active | (number == segment.stored_at)
             start = Start(knows, is_rebuilt, y, state, increments)
         carry = adjoint_step.pull(carry, number, at.starts.t_prev, step, start, active)
         if recorder is not None:
