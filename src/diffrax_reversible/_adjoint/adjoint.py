@@ -102,7 +102,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         of `jnp.max(y)` where two elements are equal, cannot be told from its
         neighbourhood, unless the derivative of the vector field differs at a stored
         state. Nor can one which stages of a step are on either side of by rounding
-        alone. If there are such then take the solver as it is, and not
+        alone, or which an element that rests there leaves by a rounding a step. If
+        there are such then take a solver that is not reversible, such as `solver` for
         `UReversible(solver)`: what is recomputed is exact.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
