@@ -153,7 +153,9 @@ class Segments:
     def order(self, first: Array) -> Array:
         """In each place of `Starts`: the number of the step there within the segment
         that begins with the `first`. (In the place that is left over, of the last.)"""
-        places, size = jnp.asarray(np.arange(self.length + 1)), self.length + 1
+        size = self.length + 1
+        # (A constant: what `jnp.arange` makes would be carried by the loop.)
+        places = jnp.asarray(np.arange(size))
         order = rem(places + size - self.place(first), size)
         return jnp.minimum(order, self.length - 1)
 
