@@ -65,7 +65,7 @@ class Uniform(NamedTuple):
 
     # Of a step, in the mean.
     length: Any
-    # By how many units each step ends later than it would.
+    # By how many units each step ends later than if all were of that length.
     excess: Any
 
     @classmethod
@@ -80,7 +80,8 @@ class Uniform(NamedTuple):
         num = jnp.maximum(num, 1)
         t_last = take(t1, num - 1)
         out = out._replace(length=(t_last - t_first) / num.astype(t1.dtype))
-        excess = jnp.round((t1 - out.ends(t_first)) / out._unit(t_first))
+        even = out.ends(t_first)
+        excess = jnp.round((t1 - even) / out._unit(even))
         return out._replace(excess=jnp.clip(excess, -127, 127).astype(jnp.int8))
 
     def ends(self, t_first: Array) -> Array:
@@ -89,15 +90,15 @@ class Uniform(NamedTuple):
         while np.any(numbers > 0):
             multiples = multiples + jnp.where(numbers % 2 == 1, power, 0)
             numbers, power = numbers // 2, power + power
-        excess = self.excess.astype(multiples.dtype)
-        return (t_first + multiples) + self._unit(t_first) * excess
+        even = t_first + multiples
+        return even + self._unit(even) * self.excess.astype(even.dtype)
 
     def differs(self, t_first: Array, t1: Array) -> Array:
         return self.ends(t_first) != t1
 
-    def _unit(self, t_first: Array) -> Array:
-        # (The times may get so much smaller as to be spaced half as far.)
-        return jnp.maximum(_spacing(t_first) / 2, _spacing(self.length))
+    def _unit(self, even: Array) -> Array:
+        # (The time may be so much smaller as to be spaced half as far.)
+        return jnp.maximum(_spacing(even) / 2, _spacing(self.length))
 
 
 def _spacing(x: Array) -> Array:
