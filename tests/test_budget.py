@@ -146,7 +146,8 @@ def test_even_steps_through_zero(monkeypatch):
     )
     found = solve(y0, dfxr.ReversibleAdjoint(), dfxr.diagnose)
     again = np.abs(found.ts[found.recomputed > 0])
-    assert 0 < len(again) < 400 and np.max(again) < 0.1
+    # (Or none, by a host that sums up the lengths.)
+    assert len(again) < 400 and np.max(again, initial=0) < 0.1
 
 
 #
