@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dfxr
-from diffrax_reversible._adjoint import plan, verify
+from diffrax_reversible._adjoint import backward, plan, verify
 from diffrax_reversible._method import controlled
 
 from .helpers import from_term, GenericLeapfrog, relative_difference, SOLVERS
@@ -562,6 +562,56 @@ def test_no_copies_of_the_record(adaptive):
             if result.startswith(shapes):
                 assert not re.search(r"\b(copy|select)\(", result), line
     assert num_bodies >= 2
+
+
+def test_no_copies_of_the_slots():
+    num_slots, _ = plan.share_out_undone(13, 200)
+    hlo = _compiled(RK, 200, checkpoints=13).as_text()
+    slots = f"f64[{num_slots},100]"
+    assert slots in hlo
+    for body in _loop_bodies(hlo):
+        for line in body.splitlines():
+            result = line.partition("=")[2].strip()
+            assert not re.match(rf"{re.escape(slots)}\S* copy\(", result), line
+
+
+def test_the_body_is_batched_less_often(monkeypatch):
+    # That of the backward pass, and those of the loops in it.
+    num = 0
+
+    @jax.custom_batching.custom_vmap
+    def slope(y):
+        return -y
+
+    @slope.def_vmap
+    def _(axis_size, in_batched, y):
+        nonlocal num
+        num += 1
+        return -y, in_batched[0]
+
+    def loss(y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: slope(jax.lax.stop_gradient(y)) - y),
+            dfxr.UReversible(diffrax.Heun()),
+            0.0,
+            1.0,
+            0.01,
+            y0,
+            adjoint=dfxr.ReversibleAdjoint(),
+            max_steps=100,
+        )
+        return jnp.sum(sol.ys)
+
+    def count():
+        nonlocal num
+        num = 0
+        jax.jit(jax.vmap(jax.grad(loss))).lower(jnp.ones((3, 2)))
+        return num
+
+    ours = count()
+    monkeypatch.setattr(backward, "as_batched", lambda tree, like: tree)
+    # (It was 46 for 78.)
+    assert 0 < ours < 0.8 * count()
 
 
 @pytest.mark.parametrize("solver", [RK, dfxr.UReversible(diffrax.Heun(), 0.999)])
