@@ -612,6 +612,55 @@ def test_kinks_where_elements_are_at_rest(solver):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    "solver",
+    [
+        dfxr.ReversibleHeun(),
+        dfxr.AsynchronousLeapfrog(),
+        dfxr.UReversible(diffrax.Heun()),
+    ],
+)
+@pytest.mark.parametrize("growth", [0.0, 0.002, 0.02])
+def test_a_rest_that_is_left_by_roundings(solver, growth):
+    # An element starts at a kink, and is moved to and fro by a few units in the last
+    # place: from the first step on, or from when what moves it has grown.
+    eps = float(jnp.finfo(jnp.float64).eps)
+
+    def loss(other, push, adjoint):
+        def vector_field(t, y, other):
+            a, p, q, total = y
+            growing = growth * p + 0.15 * q, growth * q - 0.15 * p
+            return jnp.stack([p + other, *growing, 1 + jax.nn.relu(a - 1)])
+
+        y0 = jnp.stack([1.0, push, push / 3, 0.0])
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            solver,
+            0.0,
+            600.0,
+            1.0,
+            y0,
+            other,
+            adjoint=adjoint,
+            max_steps=600,
+        )
+        return sol.ys[0, 3]
+
+    def gradients(pushes, adjoint):
+        one = lambda push: jax.grad(loss)(0.0, push, adjoint)
+        return jax.lax.map(one, pushes)
+
+    pushes = eps * np.exp(np.linspace(-2, 3, 100) - 600 * growth)
+    ours, expected = [
+        jax.jit(ft.partial(gradients, adjoint=adjoint))(pushes)
+        for adjoint in (dfxr.ReversibleAdjoint(checkpoints=12), CHECKPOINTING)
+    ]
+    assert np.sum(expected != 0) > 40
+    # Sums over 600 steps.
+    assert np.allclose(ours, expected, rtol=600 * 10 * eps, atol=0)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_elements_of_a_batch_at_rest(adaptive):
     def loss(params, adjoint):

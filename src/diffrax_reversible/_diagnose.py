@@ -418,7 +418,7 @@ def _wanted(steps: _Steps, every: int | None):
         new = tree_where(index + 1 < steps.num, new, steps.end)
         made_jump = False if at.made_jump is None else at.made_jump
         needs, wants = asks(solver, old.solver_state, new.solver_state, made_jump)
-        held, leaves = at_rest(solver, held, old, new)
+        held, leaves = at_rest(solver, held, old, new, index == 0)
         needs = needs | leaves
         wants = needs | wants
         if every is not None:

@@ -80,12 +80,12 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     steps, for each element of a batch; earlier steps than it has room for are
     recomputed.
 
-    Some steps cannot be undone: one that moves an element of the state on that was held
-    exactly until then, as vector fields often have a kink there, such as at zero; and
-    of some solvers others. And where the solution contracts undoing a step amplifies
-    rounding errors. So the solver says at which other steps the state should be stored;
-    `sol.stats["num_checkpoints"]` is how many these are. A segment with such a step is
-    recomputed, as with any other solver.
+    Some steps cannot be undone: one that moves an element of the state which is at rest
+    (held exactly by the steps before, or moved by roundings alone), as vector fields
+    often have a kink there, such as at zero; and of some solvers others. And where the
+    solution contracts undoing a step amplifies rounding errors. So the solver says at
+    which other steps the state should be stored; `sol.stats["num_checkpoints"]` is how
+    many these are. A segment with such a step is recomputed, as with any other solver.
 
     **Verification:** At each stored state, at the start, and where a segment has been
     recomputed, what was rebuilt is compared with it: each element of `y` and of the
@@ -102,9 +102,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         of `jnp.max(y)` where two elements are equal, cannot be told from its
         neighbourhood, unless the derivative of the vector field differs at a stored
         state. Nor can one which stages of a step are on either side of by rounding
-        alone, or which an element that rests there leaves by a rounding a step. If
-        there are such then take a solver that is not reversible, such as `solver` for
-        `UReversible(solver)`: what is recomputed is exact.
+        alone. If there are such then take a solver that is not reversible, such as
+        `solver` for `UReversible(solver)`: what is recomputed is exact.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event

@@ -108,7 +108,7 @@ def _spacing(x: Array) -> Array:
 class Marks(NamedTuple):
     """What is carried from step to step, to know which segments can be undone."""
 
-    # Of each leaf of `y`: which elements the last accepted step has left as they were.
+    # Of each leaf of `y`: which elements the last accepted step has left at rest.
     held: list[Array]
     # Whether this segment is to be recomputed, as far as is known; the number of its
     # first step; and how many have been recorded.
@@ -119,8 +119,9 @@ class Marks(NamedTuple):
     num_wanted: Array
 
 
-# By so many roundings an element moves that is at rest.
-_ROUNDING = 8
+# By so many roundings a step moves an element that is at rest: more than are lost when
+# a segment is undone.
+_ROUNDING = 128
 
 
 class Recorder:
@@ -181,7 +182,6 @@ class Recorder:
         )
 
     def no_marks(self, init_state) -> Marks:
-        # (What has been before is not known.)
         held = [
             jnp.zeros(x.shape, bool) for x, *_ in _elements(self._solver, init_state)
         ]
@@ -197,13 +197,14 @@ class Recorder:
             new_state.solver_state,
             state.made_jump if self._has_jumps else False,
         )
-        held, leaves = at_rest(self._solver, marks.held, state, new_state)
+        is_first = index == 0
+        held, leaves = at_rest(self._solver, marks.held, state, new_state, is_first)
         # (As all of a batch that makes the same steps record them once.)
         needs = needs | together(leaves, index)
         if self._every is not None:
             wants = wants | (rem(index, self._every) == 0)
         # (The start of the solve is there anyway.)
-        is_wanted = accepted & (needs | wants) & (index > 0)
+        is_wanted = accepted & (needs | wants) & ~is_first
         is_marked = is_wanted | (accepted & needs)
         if not self._has_jumps:
             # (Then a step is taken to start where the step before ended.)
@@ -307,11 +308,16 @@ def asks(
 
 
 def at_rest(
-    solver: AbstractReversibleSolver, held: list[Array], state, new_state
+    solver: AbstractReversibleSolver,
+    held: list[Array],
+    state,
+    new_state,
+    is_first: Array,
 ) -> tuple[list[Array], Array]:
-    """Which elements of `y` a step leaves exactly as they were, or moves by no more
-    than rounding after one that did; and whether it moves any of these by more. The
-    states have a `y` and a `solver_state`.
+    """Which elements of `y` are at rest, as a step leaves them exactly as they were, or
+    moves by no more than rounding those that were at rest before it; and whether it
+    moves any that were. (Those that a solve starts with may have been.) The states have
+    a `y` and a `solver_state`.
 
     Such a step cannot be undone: a vector field may well have a kink where an element
     is at rest, such as at zero, and what is rebuilt is next to it. From its start on
@@ -323,10 +329,9 @@ def at_rest(
         is_same = ft.reduce(jnp.logical_and, [a == b for a, b in pairs])
         size = ft.reduce(jnp.maximum, [jnp.abs(a) for a in old])
         change = ft.reduce(jnp.maximum, [jnp.abs(b - a) for a, b in pairs])
-        moves = change > _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
-        leaves = leaves | jnp.any(was_held & moves)
-        # (It may set out slowly.)
-        new_held.append(is_same | (was_held & ~moves))
+        stays = change <= _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
+        leaves = leaves | jnp.any(was_held & ~is_same)
+        new_held.append(is_same | ((was_held | is_first) & stays))
     return new_held, leaves
 
 
