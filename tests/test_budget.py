@@ -480,9 +480,9 @@ def test_a_solution_at_rest(monkeypatch):
 
     jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.array(1.0)))
     evaluations, _ = counter.take()
-    # Two increments there and two back; and a few segments are recomputed. (It was
-    # 27002, as all of them were.)
-    assert evaluations < 1.5 * 400 * 24
+    # Two increments there and two back; and most segments are recomputed, as roundings
+    # move what rests. (It was 27002, as verification failed.)
+    assert evaluations < 2 * 400 * 24
 
 
 def test_rounding_of_what_only_adds_up():
@@ -608,7 +608,7 @@ def test_kinks_where_elements_are_at_rest(solver):
     limit = 50 * 100 * jnp.finfo(jnp.float64).eps
     num_wanted = _compare(_loss_at_rest, _AT_REST, limit, solver=solver)
     # (Others the solver itself may want.)
-    assert 1 <= num_wanted <= 3
+    assert 1 <= num_wanted <= 5
 
 
 @pytest.mark.long
@@ -646,18 +646,65 @@ def test_a_rest_that_is_left_by_roundings(solver, growth):
         )
         return sol.ys[0, 3]
 
-    def gradients(pushes, adjoint):
-        one = lambda push: jax.grad(loss)(0.0, push, adjoint)
-        return jax.lax.map(one, pushes)
-
     pushes = eps * np.exp(np.linspace(-2, 3, 100) - 600 * growth)
+    # Sums over 600 steps.
+    _compare_each(loss, pushes, 600 * 10 * eps)
+
+
+def _compare_each(loss, xs, limit):
+    def gradients(xs, adjoint):
+        one = lambda x: jax.grad(loss)(0.0, x, adjoint)
+        return jax.lax.map(one, xs)
+
     ours, expected = [
-        jax.jit(ft.partial(gradients, adjoint=adjoint))(pushes)
+        jax.jit(ft.partial(gradients, adjoint=adjoint))(xs)
         for adjoint in (dfxr.ReversibleAdjoint(checkpoints=12), CHECKPOINTING)
     ]
     assert np.sum(expected != 0) > 40
-    # Sums over 600 steps.
-    assert np.allclose(ours, expected, rtol=600 * 10 * eps, atol=0)
+    assert np.allclose(ours, expected, rtol=limit, atol=0)
+
+
+@pytest.mark.long
+@pytest.mark.one_in(1)
+@pytest.mark.filterwarnings("ignore:Complex dtype support:UserWarning")
+@pytest.mark.parametrize(
+    "solver, rate, spin",
+    [
+        # A second copy of the element leaves a step later, in the next segment.
+        (dfxr.ReversibleHeun(), 0.0, 0.0),
+        # It comes to the rest by roundings, while the difference of two copies changes.
+        (U, 0.3, 0.0),
+        # Of a complex number one part is at rest, and the other is not.
+        (dfxr.LeapfrogMidpoint(), 0.0, 0.7),
+    ],
+)
+def test_a_rest_that_is_left_in_any_step(solver, rate, spin):
+    def loss(other, leave, adjoint):
+        def vector_field(t, y, other):
+            (a,), p, q, total = y
+            b = a.real if spin else a
+            push = jnp.where(t >= leave, p, 0) - rate * (b - 1) + other
+            push = jax.lax.complex(push, spin * q) if spin else push
+            return (push[None], 0.15 * q, -0.15 * p, 1 + jax.nn.relu(b - 1))
+
+        a = 1.3 if rate else 1.0
+        a = jnp.array([a + 0.1j * spin]) if spin else jnp.array([a])
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            solver,
+            0.0,
+            150.0,
+            0.5,
+            (a, jnp.array(0.1187), jnp.array(0.0396), jnp.array(0.0)),
+            other,
+            adjoint=adjoint,
+            max_steps=300,
+        )
+        return sol.ys[3][0]
+
+    # (Not where a step ends.)
+    eps = float(jnp.finfo(jnp.float64).eps)
+    _compare_each(loss, np.arange(60, 140, 0.5) + 0.07, 300 * 100 * eps)
 
 
 @pytest.mark.long

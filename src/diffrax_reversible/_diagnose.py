@@ -316,7 +316,9 @@ class _DiagnosticAdjoint(diffrax.AbstractAdjoint):
         pullback = make_pullback(solver, init_state.solver_state, made_jump)
         # One for all steps; and how it would be done.
         noise = Noise(None)
-        segments = Segments(pullback, noise, made_jump, None, False, 0, max_steps)
+        segments = Segments(
+            pullback, noise, made_jump, None, False, False, 0, max_steps
+        )
         hoister = Hoister()
         step = Step.example(init_state, made_jump)
         pullback.add_functions(hoister, terms, args, step)
@@ -412,27 +414,27 @@ def _wanted(steps: _Steps, every: int | None):
     solver = steps.solver
 
     def body_fun(carry):
-        index, held, needed, wanted = carry
+        index, rests, left, needed, wanted = carry
         at, old = steps.start(index)
         _, new = steps.start(index + 1)
         new = tree_where(index + 1 < steps.num, new, steps.end)
         made_jump = False if at.made_jump is None else at.made_jump
         needs, wants = asks(solver, old.solver_state, new.solver_state, made_jump)
-        held, leaves = at_rest(solver, held, old, new, index == 0)
-        needs = needs | leaves
+        rests, leaves = at_rest(solver, rests, old, new)
+        needs = needs | leaves | left
         wants = needs | wants
         if every is not None:
             wants = wants | (index % every == 0)
         # (The start of the solve is there anyway.)
         wants = wants & (index > 0)
         needed, wanted = needed.at[index].set(needs), wanted.at[index].set(wants)
-        return index + 1, held, needed, wanted
+        return index + 1, rests, leaves, needed, wanted
 
-    held = Recorder(solver, False, False, None, 1).no_marks(steps.init_state).held
+    rests = Recorder(solver, False, False, None, 1).no_marks(steps.init_state).rests
     no = jnp.zeros(steps.max_steps, bool)
-    carry = (jnp.zeros_like(steps.num), held, no, no)
+    carry = (jnp.zeros_like(steps.num), rests, jnp.array(False), no, no)
     cond_fun = lambda carry: carry[0] < steps.num
-    _, _, needed, wanted = lax.while_loop(cond_fun, body_fun, carry)
+    *_, needed, wanted = lax.while_loop(cond_fun, body_fun, carry)
     return needed, wanted
 
 

@@ -80,8 +80,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     steps, for each element of a batch; earlier steps than it has room for are
     recomputed.
 
-    Some steps cannot be undone: one that moves an element of the state which is at rest
-    (held exactly by the steps before, or moved by roundings alone), as vector fields
+    Some steps cannot be undone: one that changes an element of the state which is at
+    rest, or was (as a step holds it exactly, or hardly moves it), since vector fields
     often have a kink there, such as at zero; and of some solvers others. And where the
     solution contracts undoing a step amplifies rounding errors. So the solver says at
     which other steps the state should be stored; `sol.stats["num_checkpoints"]` is how
@@ -98,12 +98,12 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     !!! warning
 
-        A kink that a step starts at exactly while the solution moves on, such as that
-        of `jnp.max(y)` where two elements are equal, cannot be told from its
-        neighbourhood, unless the derivative of the vector field differs at a stored
-        state. Nor can one which stages of a step are on either side of by rounding
-        alone. If there are such then take a solver that is not reversible, such as
-        `solver` for `UReversible(solver)`: what is recomputed is exact.
+        A kink that a step starts at exactly while the solution moves on, or a second
+        copy of it, such as that of `jnp.max(y)` where two elements are equal, cannot be
+        told from its neighbourhood, unless the derivative of the vector field differs
+        at a stored state. Nor can one which stages of a step are on either side of by
+        rounding alone. If there are such then take a solver that is not reversible,
+        such as `solver` for `UReversible(solver)`: what is recomputed is exact.
 
     **Derivatives:** Gradients are computed with respect to `y0`, `args`, everything
     differentiable in `terms`, and values that the vector field, the control, the event

@@ -264,8 +264,8 @@ class Segments:
         num_wanted = div(jnp.maximum(state.num_accepted_steps - 1, 0), self.length)
         if marks is not None:
             num_wanted = marks.num_wanted
-            # (The elements at rest are of the size of `y`.)
-            marks = marks._replace(held=[], num_recorded=k, first=first)
+            # (They are of the size of `y`.)
+            marks = marks._replace(rests=[], num_recorded=k, first=first)
         slots = keeping.slots
         return state, Residuals(
             steps, marks, slots, num_wanted, made.t_last, made.starts

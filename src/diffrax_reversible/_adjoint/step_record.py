@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 from .._jax_compat import eqxi
 from .._method.base import AbstractReversibleSolver
 from .._method.coupling import AbstractCouplingSolver
-from .._method.tree import same_struct, statics, stop_gradient
+from .._method.tree import same_struct, statics, stop_gradient, tree_where
 from .index import put, rem, take, take_all
 from .vmap import together
 
@@ -108,8 +108,10 @@ def _spacing(x: Array) -> Array:
 class Marks(NamedTuple):
     """What is carried from step to step, to know which segments can be undone."""
 
-    # Of each leaf of `y`: which elements the last accepted step has left at rest.
-    held: list[Array]
+    # Which elements of `y` the last accepted step has left at rest; and whether it has
+    # changed any that was.
+    rests: list[Array]
+    has_left: Array
     # Whether this segment is to be recomputed, as far as is known; the number of its
     # first step; and how many have been recorded.
     is_marked: Array
@@ -119,9 +121,11 @@ class Marks(NamedTuple):
     num_wanted: Array
 
 
-# By so many roundings a step moves an element that is at rest: more than are lost when
-# a segment is undone.
-_ROUNDING = 128
+# A step moves an element that is at rest by no more than its size times the spacing of
+# numbers to this power: more than what undoing a segment loses where little moves.
+_AT_REST = 0.7
+# (Of numbers that are spaced more widely many a solution is moved as little by steps.)
+_IS_FINE = 1e-12
 
 
 class Recorder:
@@ -182,10 +186,9 @@ class Recorder:
         )
 
     def no_marks(self, init_state) -> Marks:
-        held = [
-            jnp.zeros(x.shape, bool) for x, *_ in _elements(self._solver, init_state)
-        ]
-        return Marks(held, jnp.array(False), *(jnp.array(0),) * 3)
+        elements = _elements(self._solver, init_state)
+        rests = [jnp.zeros(y.shape, bool) for (y, *_), _ in elements]
+        return Marks(rests, *(jnp.array(False),) * 2, *(jnp.array(0),) * 3)
 
     def mark(self, marks: Marks, state, new_state, t_last: Array) -> Marks:
         """After an attempted step. The step before it ended at `t_last`."""
@@ -197,20 +200,21 @@ class Recorder:
             new_state.solver_state,
             state.made_jump if self._has_jumps else False,
         )
-        is_first = index == 0
-        held, leaves = at_rest(self._solver, marks.held, state, new_state, is_first)
-        # (As all of a batch that makes the same steps record them once.)
-        needs = needs | together(leaves, index)
+        rests, leaves = at_rest(self._solver, marks.rests, state, new_state)
+        # (What is evaluated at the end of a step may belong to the next one. And all of
+        # a batch that makes the same steps records them once.)
+        needs = needs | together(leaves | marks.has_left, index)
         if self._every is not None:
             wants = wants | (rem(index, self._every) == 0)
         # (The start of the solve is there anyway.)
-        is_wanted = accepted & (needs | wants) & ~is_first
+        is_wanted = accepted & (needs | wants) & (index > 0)
         is_marked = is_wanted | (accepted & needs)
         if not self._has_jumps:
             # (Then a step is taken to start where the step before ended.)
             is_marked = is_marked | (accepted & (state.tprev != t_last))
         return marks._replace(
-            held=[jnp.where(accepted, x, y) for x, y in zip(held, marks.held)],
+            rests=tree_where(accepted, rests, marks.rests),
+            has_left=jnp.where(accepted, leaves, marks.has_left),
             is_marked=marks.is_marked | is_marked,
             num_wanted=marks.num_wanted + jnp.where(is_wanted, 1, 0),
         )
@@ -308,41 +312,58 @@ def asks(
 
 
 def at_rest(
-    solver: AbstractReversibleSolver,
-    held: list[Array],
-    state,
-    new_state,
-    is_first: Array,
+    solver: AbstractReversibleSolver, rests: list[Array], state, new_state
 ) -> tuple[list[Array], Array]:
-    """Which elements of `y` are at rest, as a step leaves them exactly as they were, or
-    moves by no more than rounding those that were at rest before it; and whether it
-    moves any that were. (Those that a solve starts with may have been.) The states have
-    a `y` and a `solver_state`.
+    """Which elements of `y` are at rest, as a step leaves them exactly as they were or
+    hardly moves them; and whether it changes anything of those that are or were. The
+    states have a `y` and a `solver_state`.
 
     Such a step cannot be undone: a vector field may well have a kink where an element
-    is at rest, such as at zero, and what is rebuilt is next to it. From its start on
-    all is well, as couplings undo a rest exactly."""
-    new_held, leaves = [], jnp.array(False)
+    rests, such as at zero, and what is rebuilt is next to it. While nothing changes all
+    is well, as couplings undo a rest exactly."""
+    new_rests, leaves = [], jnp.array(False)
     before, after = (_elements(solver, s) for s in (state, new_state))
-    for was_held, old, new in zip(held, before, after, strict=True):
-        pairs = list(zip(old, new, strict=True))
-        is_same = ft.reduce(jnp.logical_and, [a == b for a, b in pairs])
-        size = ft.reduce(jnp.maximum, [jnp.abs(a) for a in old])
-        change = ft.reduce(jnp.maximum, [jnp.abs(b - a) for a, b in pairs])
-        stays = change <= _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
-        leaves = leaves | jnp.any(was_held & ~is_same)
-        new_held.append(is_same | ((was_held | is_first) & stays))
-    return new_held, leaves
+    for rested, (olds, old_others), (news, new_others) in zip(
+        rests, before, after, strict=True
+    ):
+        pairs = list(zip(olds + old_others, news + new_others, strict=True))
+        changes = ft.reduce(jnp.logical_or, [a != b for a, b in pairs])
+        size = ft.reduce(jnp.maximum, [jnp.abs(a) for a in olds])
+        moves = [jnp.abs(b - a) for a, b in zip(olds, news, strict=True)]
+        eps = float(jnp.finfo(size.dtype).eps)
+        stays = ft.reduce(jnp.maximum, moves) <= eps**_AT_REST * size
+        if eps > _IS_FINE:
+            rests_now = ~changes | (rested & stays)
+        else:
+            rests_now = stays
+            rested = rested | stays
+        leaves = leaves | jnp.any(rested & changes)
+        new_rests.append(rests_now)
+    return new_rests, leaves
 
 
-def _elements(solver: AbstractReversibleSolver, state) -> list[tuple[Array, ...]]:
-    """Of each leaf of `y`: its elements, and what the registers like `y` have in their
-    places."""
-    trees = [state.y]
+def _elements(
+    solver: AbstractReversibleSolver, state
+) -> list[tuple[list[Array], list[Array]]]:
+    """Of each array in `y`: its elements, and what the registers like it have in their
+    places; and apart from these the registers that are differences, at which nothing is
+    evaluated. All of them are real."""
+    points, others = [state.y], []
     if isinstance(solver, AbstractCouplingSolver):
         registers = solver.split(state.y, state.solver_state).registers
-        others = [r for r in registers if r is not state.y]
-        trees += [r for r in others if same_struct(r, state.y)]
-    trees = stop_gradient(trees)
-    leaves = map(jtu.tree_leaves, eqx.filter(trees, eqx.is_inexact_array))
-    return list(zip(*leaves, strict=True))
+        differences = {coupling.also for coupling in solver.couplings()}
+        # (Another may be the same, at the start.)
+        first = next((i for i, x in enumerate(registers) if x is state.y), None)
+        for i, register in enumerate(registers):
+            if i != first and same_struct(register, state.y):
+                (others if i in differences else points).append(register)
+    points, others = [map(_reals, x) for x in (points, others)]
+    points = [list(x) for x in zip(*points, strict=True)]
+    others = [list(x) for x in zip(*others, strict=True)] or [[] for _ in points]
+    return list(zip(points, others, strict=True))
+
+
+def _reals(tree: PyTree) -> list[Array]:
+    leaves = jtu.tree_leaves(eqx.filter(stop_gradient(tree), eqx.is_inexact_array))
+    parts = [(x.real, x.imag) if jnp.iscomplexobj(x) else (x,) for x in leaves]
+    return [x for of_leaf in parts for x in of_leaf]
