@@ -605,3 +605,31 @@ def test_runs_out_with_a_rejected_step(max_steps):
         return weighted_sum(solve(adjoint, params, max_steps).ys)
 
     agree(loss, (Y0, W), adjoint=dfxr.ReversibleAdjoint(checkpoints=3))
+
+
+@pytest.mark.long
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize("solver", [diffrax.Heun(), dfxr.ReversibleHeun()])
+def test_a_jump_where_a_step_ends(solver):
+    # A step that is recomputed ends just where it did, or it is on the other side. (So
+    # it is by default, for some of these.)
+    def loss(y0, jump):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.where(t >= jump, 0.003, 0.0) * y),
+            solver,
+            0.0,
+            300.0,
+            1.0,
+            y0,
+            adjoint=dfxr.ReversibleAdjoint(checkpoints=12),
+            max_steps=300,
+        )
+        return sol.ys[0] ** 2
+
+    jumps = jnp.arange(40.0, 260.0)
+    one = jax.value_and_grad(loss)
+    each = jax.jit(lambda jumps: jax.lax.map(lambda jump: one(0.5, jump), jumps))
+    values, grads = each(jumps)
+    # The loss is homogeneous.
+    eps = jnp.finfo(jnp.float64).eps
+    assert np.allclose(grads, 2 * values / 0.5, rtol=300 * 100 * eps, atol=0)

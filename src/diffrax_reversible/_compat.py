@@ -200,6 +200,15 @@ def constant_steps(controller_state: Any) -> tuple[Any, Any, Any, Any]:
     return 1, -1, controller_state, controller_state
 
 
+def constant_steps_after(controller_state: Any, number: Any) -> Any:
+    """The state of `ConstantStepSize` when so many more steps have been made."""
+    if isinstance(controller_state, tuple):
+        first, *rest = controller_state
+        return (first + number.astype(first.dtype), *rest)
+    # (diffrax 0.7.0)
+    return controller_state
+
+
 def without_saving(state: Any) -> Any:
     """A state of the integration loop, for one that saves nothing, has no events, and
     reports no progress."""

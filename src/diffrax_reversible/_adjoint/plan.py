@@ -101,7 +101,7 @@ def make_segments(
     of_host = _bytes_of_host(init_state, max_steps)
     of_grads = min(_PART_OF_CONSTS * hoister.bytes_of_consts, of_host / 2)
     # (With a place for one state, and for one start of a step.)
-    one = Segments(pullback, noise, made_jump, None, False, 1, 0)
+    one = Segments(pullback, noise, made_jump, None, is_uniform, False, 1, 0)
     of_slot = _num_bytes(one.empty_slots(init_state))
     of_start = _num_bytes(one.empty_starts(init_state))
     # (A step that is undone asks for them anew. And if they are much larger than the
@@ -141,9 +141,8 @@ def make_segments(
             num_slots = max(num_slots, 1)
     else:
         num_slots, length = share_out_recomputed(float(checkpoints), max_steps)
-    return Segments(
-        *(pullback, noise, made_jump, recorder, has_increments, num_slots, length)
-    )
+    known = (pullback, noise, made_jump, recorder, is_uniform, has_increments)
+    return Segments(*known, num_slots, length)
 
 
 def _bytes_of_host(init_state, max_steps: int | None) -> int:

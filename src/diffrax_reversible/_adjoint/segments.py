@@ -20,7 +20,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._compat import without_saving
+from .._compat import constant_steps_after, without_saving
 from .._jax_compat import eqxi
 from .._method.tree import arrays, replace, statics, stop_gradient, tree_where
 from . import slots as slots_
@@ -40,8 +40,8 @@ class Stored(NamedTuple):
     y: PyTree
     solver_state: PyTree
     made_jump: Any
-    # The end of the step before, `tprev`, `tnext` and the state of the controller,
-    # packed: each array that a loop carries costs time.
+    # The end of the step before, `tprev`, `tnext` and the state of the controller (if
+    # that is more than a number), packed: each array that a loop carries costs time.
     steps: list[Array]
 
 
@@ -66,6 +66,7 @@ class Segments:
 
     - `made_jump`: `False` if that is known in advance of every step; or an example.
     - `recorder`: `None` if no step can be undone.
+    - `is_uniform`: Whether all steps are of one length.
     - `has_increments`: Whether those of Brownian motions are stored with the states of
         a segment.
     - `num_slots`: How many states may be stored.
@@ -78,6 +79,7 @@ class Segments:
         noise: Noise,
         made_jump: Any,
         recorder: Recorder | None,
+        is_uniform: bool,
         has_increments: bool,
         num_slots: int,
         length: int,
@@ -86,6 +88,7 @@ class Segments:
         self._noise = noise
         self.made_jump = made_jump
         self.recorder = recorder
+        self._is_uniform = is_uniform
         self._has_increments = has_increments
         self.num_slots = num_slots
         self.length = length
@@ -101,14 +104,21 @@ class Segments:
             made_jump = jnp.asarray(state.made_jump)
         solver_state = self.pullback.stored(state.solver_state)
         y, solver_state = arrays((state.y, solver_state))
-        return Stored(y, solver_state, made_jump, pack(_steps(state, t_last)))
+        return Stored(y, solver_state, made_jump, pack(self._steps(state, t_last)))
 
     def resumed(self, terms, args, init_state, number: Array, stored: Stored):
         """The host's state, at the start of the step with that number; and the end of
         the step before."""
         y, solver_state = self.with_static(init_state, stored.y, stored.solver_state)
-        example = _steps(init_state, init_state.tprev)
+        example = self._steps(init_state, init_state.tprev)
         t_last, tprev, tnext, controller_state = unpack(stored.steps, example)
+        static = statics(init_state.controller_state)
+        controller_state = eqx.combine(controller_state, static)
+        if self._is_uniform:
+            # (What is constant is to be so here too, if it is when the steps are first
+            # made: or XLA rounds their ends in another way.)
+            initial = init_state.controller_state
+            controller_state = constant_steps_after(initial, number)
         number = number.astype(jnp.result_type(init_state.num_steps))
         initial, made_jump = init_state.solver_state, init_state.made_jump
         state = replace(
@@ -120,13 +130,15 @@ class Segments:
             tprev=tprev,
             tnext=tnext,
             made_jump=made_jump if stored.made_jump is None else stored.made_jump,
-            controller_state=eqx.combine(
-                controller_state, statics(init_state.controller_state)
-            ),
+            controller_state=controller_state,
             num_steps=number,
             num_accepted_steps=number,
         )
         return state, t_last
+
+    def _steps(self, state, t_last: Array) -> tuple[Array, Array, Array, PyTree]:
+        controller_state = None if self._is_uniform else arrays(state.controller_state)
+        return t_last, state.tprev, state.tnext, controller_state
 
     def with_static(self, init_state, y: PyTree, solver_state: PyTree):
         """What is stored of these, with what is not an array."""
@@ -403,10 +415,6 @@ class Segments:
         """The steps from that with the number `first` on, in their order."""
         places = self.place(first + jnp.arange(self.length))
         return take_all(made.starts._replace(increments=[]), places)
-
-
-def _steps(state, t_last: Array) -> tuple[Array, Array, Array, PyTree]:
-    return t_last, state.tprev, state.tnext, arrays(state.controller_state)
 
 
 def _put(starts: Starts, start: Starts, place: Array, active, records) -> Starts:
