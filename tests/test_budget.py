@@ -760,8 +760,8 @@ def test_a_body_on_a_floor(solver):
 
 
 def test_rest_is_no_rest():
-    # What relaxes is moved by single roundings in the end, and that is not told from
-    # rest; nor is where something turns.
+    # An element that turns, or never changes, does not leave a rest; nor does one that
+    # this solver, which is unstable here, does not bring to any.
     def loss(y0, adjoint):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(

@@ -40,8 +40,8 @@ class Stored(NamedTuple):
     y: PyTree
     solver_state: PyTree
     made_jump: Any
-    # The end of the step before, `tprev`, `tnext` and the state of the controller (if
-    # that is more than a number), packed: each array that a loop carries costs time.
+    # The end of the step before, `tprev`, `tnext` and the state of the controller (but
+    # for constant steps), packed: each array that a loop carries costs time.
     steps: list[Array]
 
 
@@ -112,13 +112,13 @@ class Segments:
         y, solver_state = self.with_static(init_state, stored.y, stored.solver_state)
         example = self._steps(init_state, init_state.tprev)
         t_last, tprev, tnext, controller_state = unpack(stored.steps, example)
-        static = statics(init_state.controller_state)
-        controller_state = eqx.combine(controller_state, static)
+        initial = init_state.controller_state
         if self._is_uniform:
-            # (What is constant is to be so here too, if it is when the steps are first
-            # made: or XLA rounds their ends in another way.)
-            initial = init_state.controller_state
+            # (What XLA knows when the steps are first made it has to know here too, or
+            # it rounds their ends in another way.)
             controller_state = constant_steps_after(initial, number)
+        else:
+            controller_state = eqx.combine(controller_state, statics(initial))
         number = number.astype(jnp.result_type(init_state.num_steps))
         initial, made_jump = init_state.solver_state, init_state.made_jump
         state = replace(
